@@ -89,24 +89,35 @@ def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, d
 
 
 def _to_arrow(kind: Kind, column: Column) -> Any:
+    """An array of Arrow from its own bytes: what makes one from values loads pandas, which takes time."""
     import pyarrow as pa
 
     match kind:
         case "text":
             codes, words = column
-            return pa.DictionaryArray.from_arrays(
-                pa.array(codes, pa.int32(), mask=codes < 0), pa.array(words, pa.string())
-            )
+            texts = [word.encode() for word in words]
+            ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+            known = pa.StringArray.from_buffers(len(texts), pa.py_buffer(ends), pa.py_buffer(b"".join(texts)))
+            return pa.DictionaryArray.from_arrays(_numbers(pa.int32(), codes, codes < 0), known)
         case "int":
-            return pa.array(column, pa.int32(), mask=column < 0)
+            return _numbers(pa.int32(), column.astype(np.int32), column < 0)
         case "float":
-            return pa.array(column, pa.float32(), mask=np.isnan(column))
+            return _numbers(pa.float32(), column.astype(np.float32), np.isnan(column))
         case "bool":
-            return pa.array(column == 1, pa.bool_(), mask=column < 0)
+            return _numbers(pa.bool_(), np.packbits(column == 1, bitorder="little"), column < 0)
         case "ints":
             values, lengths = column
-            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, pa.int32()))
+            ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            found = _numbers(pa.int32(), values.astype(np.int32), np.zeros(len(values), bool))
+            return pa.ListArray.from_arrays(_numbers(pa.int32(), ends, np.zeros(len(ends), bool)), found)
+
+
+def _numbers(of: Any, values: NDArray[Any], missing: NDArray[np.bool_]) -> Any:
+    """An array of one type from the bytes of its values. missing: (rows,)."""
+    import pyarrow as pa
+
+    there = pa.py_buffer(np.packbits(~missing, bitorder="little")) if missing.any() else None
+    return pa.Array.from_buffers(of, len(missing), [there, pa.py_buffer(np.ascontiguousarray(values))])
 
 
 def _from_arrow(kind: Kind, array: Any) -> Column:

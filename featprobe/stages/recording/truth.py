@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from featprobe.specs import Rows
 from featprobe.stages.progress import Progress
 from featprobe.stages.recording.contrast import contrasts
 from featprobe.stages.recording.kept_truth import Measured, Source, keep, kept, measured
+from featprobe.stages.tasks.labels import shelf_of
 from featprobe.targets import IGNORE, Instance, Labels, components
 
 
@@ -49,6 +51,10 @@ class Truth(NamedTuple):
     notes: tuple[str, ...]
 
 
+_known: WeakKeyDictionary[Cache, dict[tuple[Source, int], TruthOfImage]] = WeakKeyDictionary()
+"""What was found in the labels of each image: heads, bases and splits are recorded over one cache."""
+
+
 def defects_of(cache: Cache, image: int, source: Source = "own") -> TruthOfImage:
     """The defects of an image of a cache, and what is known of it.
 
@@ -56,8 +62,16 @@ def defects_of(cache: Cache, image: int, source: Source = "own") -> TruthOfImage
     regions that are labelled is good or not as the labels of images say. Raises CacheError for damaged labels, and
     where components are wanted of a cache without masks.
     """
-    row = cache.images[image]
-    mask = cache.image_semantic(image) if row.semantic or source == "components" else None
+    known = _known.setdefault(cache, {})
+    if (source, image) not in known:
+        known[source, image] = _defects_in(cache, image, source)
+    return known[source, image]
+
+
+def _defects_in(cache: Cache, image: int, source: Source) -> TruthOfImage:
+    row, mask = cache.images[image], None
+    if row.semantic or source == "components":
+        (mask,) = shelf_of(cache).truths(cache, np.array([image]))
     if row.instances and source == "own":
         found = (*cache.image_instances(image), *(() if mask is None else _ignored_in(mask)))
     else:
@@ -160,8 +174,8 @@ def _measured_now(
     found: dict[int, Measured] = {}
     reasons: dict[int, str] = {}
 
-    def measure(image: int) -> tuple[Measured, str]:
-        truth, size, reason = defects_of(cache, image, source), cache.images.placement(image).original, ""
+    def measure(image: int, truth: TruthOfImage) -> tuple[Measured, str]:
+        size, reason = cache.images.placement(image).original, ""
         try:
             spacing, contrast = _read(cache, image, truth)
         except DataError as error:
@@ -173,7 +187,8 @@ def _measured_now(
         Progress(len(images), f"measuring defects of {cache.data.name}", "image", quiet=quiet) as bar,
         ThreadPoolExecutor(threads, thread_name_prefix="defects") as pool,
     ):
-        for image, (own, reason) in zip(images, pool.map(measure, images), strict=True):
+        truths = (defects_of(cache, image, source) for image in images)
+        for image, (own, reason) in zip(images, pool.map(measure, images, truths), strict=True):
             found[image] = own
             if reason:
                 reasons[image] = reason

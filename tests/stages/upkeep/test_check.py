@@ -214,7 +214,7 @@ def test_the_page_holds_all_it_shows(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert not re.search(r"https?://|<script|<link rel=\"stylesheet|url\(", text)
     assert text.count('src="data:image/png;base64,') == text.count("<img") == 2  # the contact sheet, and the pair
-    for said in ("Would spoil a study: 1 of 9 images can&#x27;t be read", "val1.png", "3 / 2 / 3",
+    for said in ("Would spoil a study: 1 of 9 images can&#39;t be read", "val1.png", "3 / 2 / 3",
                  "1 pair of images that look the same", "objects smaller than a cell"):  # fmt: skip
         assert said in text, said
     assert "can't be written" in check(root, "--out", str(root / "classes.txt" / "page.html")).stderr
