@@ -83,8 +83,8 @@ WORDS = [words for words, _ in commands()]
 
 def test_the_commands_are_the_documented_ones() -> None:
     wanted = """
-        try init extract plan probe finetune study compare inspect predict export data cache probes backbones demo config
-        doctor
+        try init extract plan probe finetune study compare inspect predict export data cache probes backbones demo
+        config doctor
     """.split()
     assert sorted(cli.commands) == sorted(wanted)
 

@@ -139,7 +139,7 @@ def test_a_probe_of_a_cache_imports_nothing_that_it_does_not_use(space: Workspac
     loaded = set(done.stderr.split())
     assert len(json.loads(done.stdout)) == 1 and "torch" in loaded
     assert not (heavy := loaded & HEAVY), heavy
-    assert len(loaded) < 2700  # with timm and scipy it was 3200
+    assert len(loaded) < 2800  # 2770 with what records need: pyarrow and scipy.ndimage; with timm it was 3200
 
 
 def test_processes_that_were_launched_together_make_a_part_each(space: Workspace) -> None:
