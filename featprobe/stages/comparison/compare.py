@@ -456,7 +456,7 @@ def _page_set(workspace: Workspace, number: int, item: ComparedSet, table: Table
         item.findings,
         worst=pictures_of(own) if own else (),
         pod=probability_of(own, number) if own else None,
-        steps=next_steps(workspace, table, lead, found.missing),
+        steps=next_steps(workspace, table, lead, own.points if own else (), found.missing),
     )
 
 

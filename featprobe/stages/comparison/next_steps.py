@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.kinds import SEEDS, kind_of, kinds_of
+from featprobe.metrics.defects.froc import Per
+from featprobe.metrics.defects.operating import OperatingPoint
 from featprobe.report.inspection_text import place_of
 from featprobe.scores import FEW_GROUPS
 from featprobe.stages.commands import level_command
@@ -19,9 +21,14 @@ USUAL_RATE = 0.05  # false calls per part or image
 
 
 def next_steps(
-    workspace: Workspace, table: Table, lead: Mapping[str, Any] | None, missing: Sequence[str]
+    workspace: Workspace,
+    table: Table,
+    lead: Mapping[str, Any] | None,
+    points: Sequence[OperatingPoint],
+    missing: Sequence[str],
 ) -> list[Step]:
-    """Reasons and commands. lead: the finding that the answer begins with; missing: heads without records."""
+    """Reasons and commands. lead: the finding that the answer begins with; points: its operating points. missing: heads
+    without records."""
     row = table.results[0].row
     steps = _steps_to_know_more(table, ["--task", row.task, "--data", row.data])
     if missing:
@@ -30,7 +37,7 @@ def next_steps(
         folder, whole = (_from_here(workspace, Path(own)) for own in (lead["folder"], place_of(lead)))
         uses = {
             "Choose how many false calls you accept; this is then kept with the head": [
-                "inspect", whole, "--false-calls", _rate(lead),
+                "inspect", whole, "--false-calls", _rate(points, lead["parts_known"]),
             ],
             "Look at new images with this head": ["predict", folder, "new_images", "--out", "found"],
             "Take it to a machine without featprobe": ["export", folder, "--out", "model.onnx"],
@@ -62,11 +69,11 @@ def _steps_to_know_more(table: Table, options: Sequence[str]) -> list[Step]:
     return steps
 
 
-def _rate(lead: Mapping[str, Any]) -> str:
-    """A number of false calls to begin with: 0.05, or the least that validation carries, that of each fold alone."""
-    unit = "part" if lead["parts_known"] else "image"
-    least = ceil(100 * lead["folds"] / max(1, lead[f"validation_over_{unit}s"])) / 100
-    return f"{max(USUAL_RATE, least):g}/{unit}"
+def _rate(points: Sequence[OperatingPoint], parts_known: bool) -> str:
+    """A number of false calls to begin with: 0.05, or the least that validation carries, of folds the smallest."""
+    per: Per = "part" if parts_known else "image"
+    least = ceil(100 / max(1, min(point.validation.over(per) for point in points))) / 100
+    return f"{max(USUAL_RATE, least):g}/{per}"
 
 
 def _backbones(results: Sequence[Result]) -> list[str]:

@@ -66,7 +66,7 @@ def head_line(own: Inspection) -> Line:
         "good_images_called": int(np.sum(_called_images(own) & (own.records.images.good == GOOD))),
         **{
             f"validation_{name}": getattr(said, name)
-            for name in ("defects", "found", "recall", "images", "over_images", "over_parts", "false_calls")
+            for name in ("defects", "found", "recall", "images", "false_calls")
         },
         "validation_false_calls_per_image": said.false_calls_per("image"),
         "validation_false_calls_per_part": said.false_calls_per("part"),

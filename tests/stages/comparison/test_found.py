@@ -156,7 +156,7 @@ def test_the_operating_point_that_the_page_proposes_can_be_chosen(
     monkeypatch.chdir(copy)
     done = CliRunner().invoke(cli, ["--workspace", str(copy), *command.split()])
     assert done.exit_code == 0 and "; kept beside the head" in done.output, done.output
-    (over,) = {own["validation_over_parts"] for own in report.sets[0].findings}
+    over = inspect_head(space, rows_of(space)[0]).points[0].validation.over("part")
     assert 0 < over < 20 and command.endswith(f"{math.ceil(100 / over) / 100:g}/part"), "0.05 would be refused"
 
 

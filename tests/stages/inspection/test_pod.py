@@ -64,7 +64,7 @@ def test_sizes_that_are_not_known_and_defects_that_are_cut_are_named() -> None:
     pixels[:3], cut[3:5] = np.nan, True
     answer = answer_of(replace(records, defects=replace(records.defects, pixels=pixels, cut=cut)))
     assert len(answer.sizes) == len(answer.found) == len(cut) - 3
-    assert "3 defects are left out" in answer.notes[0] and "2 defects are cut" in answer.notes[1]
+    assert "3 defects are omitted" in answer.notes[0] and "2 defects are cut" in answer.notes[1]
 
 
 def test_millimetres_scale_the_answer() -> None:
