@@ -177,9 +177,10 @@ def _said(pod: Pod | Refused, answer: PodAnswer) -> list[str]:
     if pod.coverage is not None and given:
         sets = f"of {pod.simulated}" if pod.simulated else "like this one"
         said.append(f"In simulated sets {sets}, the bound is above the true a90 in {100 * pod.coverage:.1f} %.")
-    if pod.lack_of_fit is not None:
-        fits = "the curve does not fit, do not use its sizes" if pod.lack_of_fit < DOUBT else "no sign of a lack of fit"
-        said.append(f"Fit: p {pod.lack_of_fit:.2g}, {fits}.")
+    if pod.lack_of_fit is not None and pod.lack_of_fit < DOUBT:
+        said.insert(0, "Do not use these sizes, as the curve does not fit:")
+    elif pod.lack_of_fit is not None:
+        said.append(f"Fit: p {pod.lack_of_fit:.2g}, no sign of a lack of fit.")
     return [f"  {line}" for line in (*said, *pod.notes)]
 
 
