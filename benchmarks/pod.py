@@ -232,7 +232,7 @@ def main() -> None:
     most = max(max(shares) for shares in single.values())
     published = as_published(ALONE_COVERS, single, options.sets)
     published &= as_published(CLUSTERED_COVERS, clustered, options.clustered_sets)
-    ratio = min(means[targets] / least for targets, least in LEAST.items())
+    ratio = min(min(single[targets]) / least for targets, least in LEAST.items())
     result = {
         "name": "pod",
         "ratio": round(ratio, 4),

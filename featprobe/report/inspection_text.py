@@ -160,10 +160,10 @@ def overview_text(lines: Sequence[Line], width: int | None = None) -> str:
     """Several heads side by side, and what is the same of all."""
     wanted = list(dict.fromkeys(line["wanted"] for line in lines))
     rules = list(dict.fromkeys(line["rule"] for line in lines if not line["pooled"]))
-    chosen = f" for {wanted[0]}." if len(wanted) == 1 else ", for different things: they do not compare."
+    chosen = f" for {wanted[0]}." if len(wanted) == 1 else ", for different aims: do not compare them."
     said = [f"Test images, each head at its own threshold, chosen on validation{chosen}"]
     said += [f"Found by a call with: {rules[0]}."] if len(rules) == 1 else []
-    said += ["Found by different rules: such heads do not compare."] if len(rules) > 1 else []
+    said += ["Found by different rules: do not compare these heads."] if len(rules) > 1 else []
     table = overview(lines)
     alike = {name for name in ("split", "chosen for", "found by") if table[name].nunique() == 1}
     alike |= {"of train"} if set(table["of train"]) == {"100 %"} else set()
