@@ -79,7 +79,8 @@ def _large(line: Line) -> list[str]:
     if isnan(times):
         return []
     outlines = "; --found iou:0.5 asks for outlines" if times >= LARGE and "IoU at least 0.1" in line["rule"] else ""
-    return [f"Calls that find a defect are {figures(times, 2)} times as large as it, in the median{outlines}."]
+    large = "as large as it" if (said := figures(times, 2)) == "1" else f"{said} times as large as it"
+    return [f"Calls that find a defect are {large}, in the median{outlines}."]
 
 
 def _false_calls(line: Line) -> str:
