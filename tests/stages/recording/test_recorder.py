@@ -175,7 +175,7 @@ def test_maps_of_the_truth_find_all_and_call_nothing_else(truth: SplitTruth) -> 
     for name in ("boxes", "pixels", "category"):
         np.testing.assert_array_equal(getattr(found.calls, name), getattr(found.defects, name))
     assert found.images.good.tolist() == [DEFECT, DEFECT, GOOD, UNKNOWN] * 3 and not found.about.pooled
-    assert set(found.images.splits) == {"test"} and 0 < own.seconds < 60
+    assert set(found.images.splits) == {"test"} and own.seconds > 0
 
 
 def test_detections_of_the_truth_find_all_with_the_best_of_their_scores(truth: SplitTruth) -> None:
