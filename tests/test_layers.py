@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "geometry",
         "targets",
         "machine",
+        "cuda_graphs",
         "processes",
     ),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),

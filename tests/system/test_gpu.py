@@ -74,6 +74,26 @@ def test_a_card_computes_what_a_cpu_computes_within_the_precision_s_bound_and_tw
         assert np.array_equal(found[name], again[name]), name
 
 
+@pytest.mark.parametrize("store", ["maps", "pooled"])
+def test_a_recorded_pass_finds_what_one_that_is_taken_anew_finds(
+    store: Any, space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 and a last one of 8, letterboxed, so that every block has a content of its own."""
+    how = {"store": store, "fit": "letterbox", "size": (64, 96), "dtype": "fp32", "precision": "fp32"}
+    found = []
+    for name in ("recorded", "anew"):
+        monkeypatch.setenv("FEATPROBE_RECORD", str(int(name == "recorded")))
+        own = Workspace(tmp_path / name)
+        own.root.mkdir()
+        own.data.symlink_to(space.data)
+        made = extract(own, SPEC, "xray", ExtractOptions(quiet=True, device="cuda", batch_size=16, **how))
+        assert not [note for note in made.notes if "recorded" in note]
+        cache = open_cache(made.path)
+        found.append([np.stack([cache.read_row(i, level) for i in range(len(cache))]) for level in cache.levels])
+    for recorded, anew in zip(*found, strict=True):
+        np.testing.assert_allclose(recorded, anew, rtol=0, atol=1e-5 * np.abs(anew).max())
+
+
 def test_an_extraction_that_is_killed_on_a_card_goes_on_to_a_sound_cache(space: Workspace, tmp_path: Path) -> None:
     own = Workspace(tmp_path / "killed")
     own.root.mkdir()
