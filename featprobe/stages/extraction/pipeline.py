@@ -113,9 +113,8 @@ class Filler:
         self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
         self.busy = Busy()
         self.framing = Framing(job.recipe, device)
-        self._read: Callable[..., Levels] = read_levels
-        if job.recipe.in_parts:
-            self._read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
+        kept = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
+        self._read: Callable[..., Levels] = kept if job.recipe.in_parts else read_levels
         self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.stored = ReplayedPass(self._stored, options.batch_size, device)
 
