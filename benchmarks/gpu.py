@@ -442,14 +442,14 @@ def pillow(path: str) -> int:
 
 def linear_lines(bench: Bench, training: Trainings, limits: Limits) -> None:
     """In samples, and in passes of the network that the cache spares."""
-    rate = training.rate("semseg", 200, 1200, head="linear")
+    rate = training.rate("semseg", 200, 2200, head="linear")
     bench.line("linear probe, resident", rate, "samples/s", 5000)
     bench.line("linear probe, of the bare forward", rate, "samples/s", 3, limits.forward)
 
 
 def level_line(bench: Bench, training: Trainings) -> None:
     """The loss at the grid of the finest level."""
-    rate = training.rate("semseg", 200, 1200, head="linear", loop={"loss_at": "level"})
+    rate = training.rate("semseg", 200, 2200, head="linear", loop={"loss_at": "level"})
     bench.line("linear probe, level loss", rate, "samples/s", 5000)
 
 
