@@ -129,15 +129,15 @@ class Trials(Watch):
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
-        each, ground = [], self.truth.ground(image)
-        for base in self.tried[head]:
-            calls = calls_of_map(values, base, classes)
+        each, ground, calls = [], self.truth.ground(image), None
+        for base in reversed(self.tried[head]):
+            calls = calls_of_map(values, base, classes, calls)
             overlaps = overlaps_of_map(calls, ground)
             most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
             placed = overlaps.some(overlaps.call_area <= most)
             defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
             each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
-        self.found[head, image] = each
+        self.found[head, image] = each[::-1]
 
     def best(self) -> Bases:
         """The base of each head by the areas under its curves; all processes ask for them together."""

@@ -114,8 +114,8 @@ class Recorder(Watch):
         calls = calls_of_map(values, self.bases[head], classes)
         overlaps = overlaps_of_map(calls, self.truth.ground(image))
         outlines = [
-            outline_of_mask(calls.labels[window] == k, (window[1].start, window[0].start))
-            for k, window in enumerate(calls.windows, start=1)
+            outline_of_mask(calls.labels[y1:y2, x1:x2] == k, (x1, y1))
+            for k, (x1, y1, x2, y2) in enumerate(calls.regions.boxes.tolist(), start=1)
         ]
         self._keep(head, image, overlaps, calls.boxes, outlines, calls.score)
         self.seconds += time.perf_counter() - begun
