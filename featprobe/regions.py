@@ -3,6 +3,7 @@
 Most images have few runs, so that only finding them looks at every pixel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -24,6 +25,15 @@ class Runs(NamedTuple):
     def within(self, width: int) -> tuple[Places, Places]:
         """The first pixel of each and that after the last, as places in a flattened image of this width."""
         return self.row * width + self.left, self.row * width + self.right
+
+    def moved(self, down: int, across: int) -> "Runs":
+        """The same, further down and to the right."""
+        return Runs(self.row + down, self.left + across, self.right + across)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Runs"]) -> "Runs":
+        """Those of several parts, one part after another."""
+        return cls(*np.concatenate([np.zeros((3, 0), np.intp), *(np.stack(own) for own in parts)], axis=1))
 
 
 def runs_of(shown: NDArray[np.uint8] | NDArray[np.bool_]) -> tuple[Runs, NDArray[np.uint8]]:

@@ -52,9 +52,7 @@ class Shape:
     @cached_property
     def runs(self) -> Runs:
         """The runs of its mask in the image."""
-        (row, left, right), _ = runs_of(self.pixels)
-        top, side = self.window[0].start, self.window[1].start
-        return Runs(row + top, left + side, right + side)
+        return runs_of(self.pixels)[0].moved(self.window[0].start, self.window[1].start)
 
     @cached_property
     def center(self) -> tuple[int, int]:
@@ -172,15 +170,13 @@ def _on_map(regions: Regions, area: NDArray[np.float64], shapes: Sequence[Shape]
         return _table([])
     width = regions.size[1]
     owner = np.repeat(np.arange(len(shapes)), [len(shape.runs.row) for shape in shapes])
-    edges = zip(*(shape.runs.within(width) for shape in shapes), strict=True)
-    run, region, shared = regions.meet(*map(np.concatenate, edges))
+    run, region, shared = regions.meet(*Runs.joined([shape.runs for shape in shapes]).within(width))
     pairs, place = np.unique(owner[run] * len(regions) + region, return_inverse=True)
     other, call = np.divmod(pairs, len(regions))
     center = regions.at(np.array([row * width + column for row, column in (shape.center for shape in shapes)]))
     other_area = np.array([shape.area for shape in shapes], np.float64)
-    return _Met(
-        call, other, np.bincount(place, shared, len(pairs)), area[call], other_area[other], call == center[other]
-    )  # fmt: skip
+    both = np.bincount(place, shared, len(pairs)).astype(np.float64)
+    return _Met(call, other, both, area[call], other_area[other], call == center[other])
 
 
 def _masks_meet(call: Shape, other: Shape) -> tuple[int, int, int, bool]:
