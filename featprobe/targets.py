@@ -20,6 +20,7 @@ from featprobe.errors import DataError, ShapeError, counted
 from featprobe.geometry import Part, Placement, Size
 from featprobe.io.disk import parse_json
 from featprobe.io.pictures import picture
+from featprobe.regions import regions_of
 
 IGNORE = 255
 """Pixels of this label count in no loss and no score."""
@@ -148,7 +149,12 @@ def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
     >>> move_rle(encode_rle(np.ones((2, 3), dtype=bool)), 2, 1, (4, 5)) == encode_rle(mask)
     True
     """
-    columns, rows = np.nonzero(decode_rle(rle).T)
+    return _rle_at(decode_rle(rle), left, top, size)
+
+
+def _rle_at(mask: NDArray[np.bool_], left: int, top: int, size: Size) -> dict[str, object]:
+    """Compressed COCO RLE of an image of (height, width) that has a mask at (left, top), else background."""
+    columns, rows = np.nonzero(mask.T)
     inside = (columns + left) * size[0] + rows + top  # indices of its pixels, column by column
     first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # the first index of each run
     starts, stops = inside[first], inside[np.append(first[1:], len(inside)) - 1] + 1 if len(inside) else inside
@@ -223,17 +229,15 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     >>> [(i.category, i.box_xyxy) for i in found if not i.crowd]
     [(1, (0.0, 0.0, 3.0, 2.0)), (2, (0.0, 2.0, 1.0, 3.0))]
     """
-    from scipy import ndimage  # it takes time, and most words of a command line need none of it
-
-    found = []
-    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
-        numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
-        for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
-            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-            mask = numbered[rows, columns] == number
-            rle = move_rle(encode_rle(mask), columns.start, rows.start, labels.shape)
-            one = Instance(value, box, rle, crowd=value == IGNORE, area=float(mask.sum()))
+    found, regions = [], regions_of(labels)
+    for number, (value, area, box) in enumerate(
+        zip(regions.value.tolist(), regions.area.tolist(), regions.boxes.tolist(), strict=True), start=1
+    ):
+        if value < classes or value == IGNORE:
+            left, top, right, bottom = box
+            rle = _rle_at(regions.labels[top:bottom, left:right] == number, left, top, labels.shape)
+            x1, y1, x2, y2 = map(float, box)
+            one = Instance(value, (x1, y1, x2, y2), rle, crowd=value == IGNORE, area=float(area))
             found += [one] if value != IGNORE else [replace(one, category=c) for c in range(1, classes)]
     return tuple(found)
 
