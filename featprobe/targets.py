@@ -264,7 +264,7 @@ def decode_semantic(data: bytes, size: Size | None = None, classes: int | None =
             labels = np.asarray(image, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         raise DataError(f"The mask can't be decoded: {str(error)[:200]}.") from error
-    if classes is not None and bool(((labels >= classes) & (labels != IGNORE)).any()):
+    if classes is not None:
         check_labels(labels, classes, "The mask")
     return labels
 
@@ -405,14 +405,27 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     return framed
 
 
+def values_in(labels: Labels) -> list[int]:
+    """The values that labels of any shape hold, ascending.
+
+    >>> values_in(np.array([[0, 0, 3], [3, 255, 0]], dtype=np.uint8))
+    [0, 3, 255]
+    """
+    flat = labels.ravel()
+    ends = np.flatnonzero(flat[1:] != flat[:-1])  # of runs of equal labels: in a mask there are few
+    return np.flatnonzero(np.bincount(np.append(flat[ends], flat[-1:]))).tolist()
+
+
 def check_labels(labels: Labels, classes: int, where: str) -> None:
     """Raise DataError, naming `where`, when a label is neither a class nor 255."""
-    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-    beyond = [int(v) for v in found if classes <= v < IGNORE]
+    if labels.max(initial=0) < classes:
+        return
+    found = values_in(labels)
+    beyond = [value for value in found if classes <= value < IGNORE]
     if beyond:
         raise DataError(
             f"{where} holds labels {beyond}, beyond the classes.\n"
             f"  wanted  0 to {classes - 1}, or {IGNORE} for ignored pixels\n"
-            f"  found   {[int(v) for v in found]}\n"
+            f"  found   {found}\n"
             "Nothing was written. Name all classes in classes.txt or featprobe.toml, or correct the mask."
         )

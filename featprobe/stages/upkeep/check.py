@@ -22,10 +22,10 @@ from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Fit, Size, default_size, place, place_tile
+from featprobe.io.threads import in_threads
 from featprobe.report.check_page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.progress import counting
-from featprobe.stages.threads import in_threads
 from featprobe.stages.upkeep.describe import contact_sheet, spread
 from featprobe.targets import Target
 

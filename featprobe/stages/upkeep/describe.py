@@ -27,11 +27,11 @@ from featprobe.datasets.split_file import write_split_file
 from featprobe.datasets.splits import leaks, starved
 from featprobe.errors import DataError, counted
 from featprobe.intensity import Intensity, default_intensity
+from featprobe.io.threads import in_threads
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.splitting import SplitChoice
 from featprobe.stages.partition import assigned, classes_in, names_held
 from featprobe.stages.progress import counting
-from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE
 
 
