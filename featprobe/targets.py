@@ -405,15 +405,42 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     return framed
 
 
+def runs_of(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The value of each run of equal values of an array, row by row, and its length.
+
+    A mask has far fewer runs than pixels, so that what it holds is known soonest from them.
+    """
+    flat = values.ravel()
+    ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], flat.size > 0))
+    return flat[ends], np.diff(ends, prepend=-1)
+
+
 def values_in(labels: Labels) -> list[int]:
     """The values that labels of any shape hold, ascending.
 
     >>> values_in(np.array([[0, 0, 3], [3, 255, 0]], dtype=np.uint8))
     [0, 3, 255]
     """
-    flat = labels.ravel()
-    ends = np.flatnonzero(flat[1:] != flat[:-1])  # of runs of equal labels: in a mask there are few
-    return np.flatnonzero(np.bincount(np.append(flat[ends], flat[-1:]))).tolist()
+    found: list[int] = np.flatnonzero(np.bincount(runs_of(labels)[0])).tolist()
+    return found
+
+
+def pixels_of_each(labels: Labels) -> NDArray[np.int64]:
+    """(256,), how many pixels of labels of any shape have each value."""
+    values, lengths = runs_of(labels)
+    return np.bincount(values, weights=lengths, minlength=256).astype(np.int64)
+
+
+def numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The values that an array holds, ascending, and the place of each pixel's value among them, of its shape.
+
+    >>> numbered(np.array([[70, 70], [9, 70]]))
+    (array([ 9, 70]), array([[1, 1],
+           [0, 1]]))
+    """
+    own, lengths = runs_of(values)
+    found, place = np.unique(own, return_inverse=True)
+    return found, np.repeat(place, lengths).reshape(values.shape)
 
 
 def check_labels(labels: Labels, classes: int, where: str) -> None:
