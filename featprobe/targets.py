@@ -268,7 +268,7 @@ def decode_semantic(data: bytes, size: Size | None = None, classes: int | None =
             labels = np.asarray(image, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         raise DataError(f"The mask can't be decoded: {str(error)[:200]}.") from error
-    if classes is not None and bool(((labels >= classes) & (labels != IGNORE)).any()):
+    if classes is not None:
         check_labels(labels, classes, "The mask")
     return labels
 
@@ -409,14 +409,54 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     return framed
 
 
+def runs_of(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The value of each run of equal values of an array, row by row, and its length.
+
+    A mask has far fewer runs than pixels, so that what it holds is known soonest from them.
+    """
+    flat = values.ravel()
+    ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], flat.size > 0))
+    return flat[ends], np.diff(ends, prepend=-1)
+
+
+def values_in(labels: Labels) -> list[int]:
+    """The values that labels of any shape hold, ascending.
+
+    >>> values_in(np.array([[0, 0, 3], [3, 255, 0]], dtype=np.uint8))
+    [0, 3, 255]
+    """
+    found: list[int] = np.flatnonzero(np.bincount(runs_of(labels)[0])).tolist()
+    return found
+
+
+def pixels_of_each(labels: Labels) -> NDArray[np.int64]:
+    """(256,), how many pixels of labels of any shape have each value."""
+    values, lengths = runs_of(labels)
+    return np.bincount(values, weights=lengths, minlength=256).astype(np.int64)
+
+
+def numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The values that an array holds, ascending, and the place of each pixel's value among them, of its shape.
+
+    >>> numbered(np.array([[70, 70], [9, 70]]))
+    (array([ 9, 70]), array([[1, 1],
+           [0, 1]]))
+    """
+    own, lengths = runs_of(values)
+    found, place = np.unique(own, return_inverse=True)
+    return found, np.repeat(place, lengths).reshape(values.shape)
+
+
 def check_labels(labels: Labels, classes: int, where: str) -> None:
     """Raise DataError, naming `where`, when a label is neither a class nor 255."""
-    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-    beyond = [int(v) for v in found if classes <= v < IGNORE]
+    if labels.max(initial=0) < classes:
+        return
+    found = values_in(labels)
+    beyond = [value for value in found if classes <= value < IGNORE]
     if beyond:
         raise DataError(
             f"{where} holds labels {beyond}, beyond the classes.\n"
             f"  wanted  0 to {classes - 1}, or {IGNORE} for ignored pixels\n"
-            f"  found   {[int(v) for v in found]}\n"
+            f"  found   {found}\n"
             "Nothing was written. Name all classes in classes.txt or featprobe.toml, or correct the mask."
         )
