@@ -46,6 +46,7 @@ from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects an image, classes of objects
+FEW = 4  # images a step of heads with regions
 SPLITS = {"train": 2 * BATCH, "val": 3 * EVALUATION_BATCH, "test": 3}  # images
 SIZES = {"whole": (SIDE, SIDE), "padded": (SIDE, 3 * SIDE // 4)}  # of the images, in frames of SIDE
 STEPS = 2  # that come before the one that is counted: the optimizer makes its state
@@ -67,6 +68,7 @@ class Arm:
     count: str = "step"
     rates: int = 1
     loss_at: str | None = None
+    batch: int = BATCH
 
 
 ARMS = (
@@ -78,6 +80,11 @@ ARMS = (
     Arm("upsample, evaluation", "semseg", "upsample", 90, 90, count="batch"),
     Arm("upsample", "semseg", "upsample", 180, 260),
     Arm("FCOS", "detect", "fcos", 700, 700),
+    Arm("FCOS, evaluation", "detect", "fcos", 700, 700, count="batch"),
+    Arm("Faster R-CNN", "detect", "fasterrcnn", 700, 700, batch=FEW),
+    Arm("Faster R-CNN, evaluation", "detect", "fasterrcnn", 700, 700, count="batch"),
+    Arm("Mask R-CNN", "instseg", "maskrcnn", 700, 700, batch=FEW),
+    Arm("Mask R-CNN, evaluation", "instseg", "maskrcnn", 700, 700, count="batch"),
 )
 
 
@@ -127,7 +134,7 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
 def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
     """The product's training of an arm: its own recipe, with clipping."""
     recipe = KINDS[arm.task, arm.head].recipe
-    changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
+    changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": arm.batch, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
     options = ProbeOptions(

@@ -17,8 +17,8 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
-from featprobe.probes import ObjectHead, ObjectTarget, object_sides, objects_at_original
-from featprobe.probes.detections import ObjectBatch, on_host
+from featprobe.probes import ObjectHead, ObjectTarget, execution, object_sides, objects_at_original
+from featprobe.probes.detections import ObjectBatch, on_host, packed
 from featprobe.probes.head import BatchedObjectHead, all_batched
 from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
@@ -90,17 +90,23 @@ class Detection:
 
     def fixed(self, head: ObjectHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return bool(all_batched([head]))
+        return bool(self._batched([head]))
+
+    def _batched(self, heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
+        """The heads, where they take the objects of all images at once; else none of them."""
+        found = all_batched(heads)
+        apart = any(head.draws for head in found) and not execution.whole_batches(self.device)
+        return [] if apart or (self.masks and not self._masks_fit) else found
 
     def start(self, heads: Sequence[ObjectHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
-        batched = all_batched(heads)
+        batched = self._batched(heads)
         return self._batch_losses(batched) if batched else self._losses(heads)
 
     def _batch_losses(self, heads: Sequence[BatchedObjectHead]) -> Callable[[Features, Batch], Tensor]:
         """Losses of heads that take the objects of all images at once."""
         rows = np.array(sorted(self.targets), dtype=np.intp)
-        every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+        every = self._all_targets
 
         def wanted(batch: Batch) -> ObjectBatch:
             match batch:
@@ -228,6 +234,20 @@ class Detection:
         return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
 
     @cached_property
+    def _all_targets(self) -> ObjectBatch:
+        """The objects of all training rows, in order, on the device."""
+        rows = sorted(self.targets)
+        masks = [packed(torch.from_numpy(self._framed_masks(row))) for row in rows] if self.masks else None
+        return ObjectBatch.of([self.targets[row] for row in rows], masks).to(self.device)
+
+    @cached_property
+    def _masks_fit(self) -> bool:
+        """Whether the masks of all training rows fit on the device at once, a bit per pixel."""
+        sizes = {row: self.cache.rows.placement(row).frame for row in self.targets}
+        size = sum(len(t.labels) * sizes[row][0] * -(-sizes[row][1] // 8) for row, t in self.targets.items())
+        return size <= room_for_masks(self.device)
+
+    @cached_property
     def _masks(self) -> "MaskStore":
         return MaskStore(self.device)
 
@@ -241,6 +261,12 @@ class Detection:
         return masks
 
 
+def room_for_masks(device: torch.device) -> float:
+    """The bytes that masks may take of the memory where heads train."""
+    room = device_room(device)
+    return MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+
+
 class MaskStore:
     """Masks of rows' objects, each decoded once and then kept where the head trains, cut out around its object.
 
@@ -248,9 +274,7 @@ class MaskStore:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        room = device_room(device)
-        self.room = MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+        self.device, self.room = device, room_for_masks(device)
         self.kept: dict[int, tuple[tuple[int, ...], list[tuple[int, int, Tensor]]]] = {}
 
     def of(self, row: int, decode: Callable[[], NDArray[np.uint8]]) -> Tensor:
