@@ -13,6 +13,7 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
+from featprobe.errors import ShapeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
@@ -30,7 +31,7 @@ from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
-from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
+from featprobe.targets import Instance, Labels, Rle, components, decode_window
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
 MASK_MEMORY_SHARE = 0.2  # of the memory where the head trains, for masks kept ready
@@ -237,7 +238,9 @@ class Detection:
     def _all_targets(self) -> ObjectBatch:
         """The objects of all training rows, in order, on the device."""
         rows = sorted(self.targets)
-        masks = [packed(torch.from_numpy(self._framed_masks(row))) for row in rows] if self.masks else None
+        masks = None
+        if self.masks:
+            masks = [packed(torch.from_numpy(self._framed_masks(row))).to(self.device) for row in rows]
         return ObjectBatch.of([self.targets[row] for row in rows], masks).to(self.device)
 
     @cached_property
@@ -257,7 +260,8 @@ class Detection:
         rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
         masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
         for mask, rle in zip(masks, rles, strict=True):
-            mask[:] = _mask_in_frame(rle, placement)
+            covered, own = _mask_in_frame(rle, placement)
+            mask[covered] = own
         return masks
 
 
@@ -323,10 +327,19 @@ def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[i
     return results
 
 
-def _mask_in_frame(rle: Rle | None, placement: Placement) -> np.ndarray:
+def _mask_in_frame(rle: Rle | None, placement: Placement) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The part of a frame that a mask covers, by nearest pixel as `labels_in_frame` has it, and the mask there."""
     assert rle is not None  # a cache for this task holds a mask for each object
-    framed = labels_in_frame(decode_rle(rle).astype(np.uint8), placement)
-    return framed == 1  # padding is 255
+    if tuple(rle["size"]) != placement.original:
+        raise ShapeError(f"A mask of {tuple(rle['size'])} pixels does not fit an image of {placement.original}.")
+    window, mask = decode_window(rle)
+    covered, taken = [], []
+    for content, original, own in zip(placement.content, placement.original, window, strict=True):
+        places = np.minimum(((np.arange(content) + 0.5) * original / content).astype(np.intp), original - 1)
+        start, stop = np.searchsorted(places, [own.start, own.stop]).tolist()
+        covered.append(slice(start, stop))
+        taken.append(places[start:stop] - own.start)
+    return (covered[0], covered[1]), mask[np.ix_(*taken)]
 
 
 def _sized(instance: Instance) -> bool:
