@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  (whose operators are counted too)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -16,7 +17,10 @@ VIEWS = {
 }  # fmt: skip
 """Operators that look at memory in another way and start nothing on a device."""
 
-STOPS = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.unique_dim, aten._unique2)
+STOPS = (
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.unique_dim, aten._unique2,
+    aten.equal, torch.ops.torchvision.nms,
+)  # fmt: skip
 WAITS = "waits for the device"
 """Counted beside an operator for which the host waits for a device, or which no recorded step can hold."""
 COMPOSED = "CompositeImplicitAutograd"
@@ -58,10 +62,9 @@ def _by_mask(function: Any, args: Any) -> bool:
     return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
 
 
-def operators(call: Callable[[], object], stops: Counter[str] | None = None) -> Counter[str]:
+def operators(call: Callable[[], object], stops: Counter[str]) -> Counter[str]:
     """How often each operator is dispatched by a call, backward passes included. stops: gets the places that wait."""
     with Counting() as counting:
         call()
-    if stops is not None:
-        stops.update(counting.stops)
+    stops.update(counting.stops)
     return counting.found

@@ -343,10 +343,10 @@ def packed(masks: Tensor) -> Tensor:
     return (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(3, dtype=torch.uint8)
 
 
-def unpacked(masks: Tensor) -> Tensor:
-    """What `packed` has packed: (objects, height, 8 bytes a row), uint8; the last columns may be empty."""
+def unpacked(masks: Tensor, width: int) -> Tensor:
+    """What `packed` has packed: (objects, height, width), uint8."""
     bits = masks[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device)
-    return (bits & 1).flatten(2)
+    return (bits & 1).flatten(2)[..., :width]
 
 
 def on_host(found: Sequence[Detections]) -> list[Detections]:

@@ -54,6 +54,7 @@ from featprobe.processes import summed
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 HIDDEN_PER_WIDTH = 4  # of the two fully connected layers of the box head
 MASK_CONVS = 2
+MASK_SIDE = 28  # of the masks that are predicted, cells
 LEAST_PROPOSAL, LEAST_BOX = 1e-3, 1e-2  # pixels of a side, torchvision's
 CELLS_OF_REGION = 14  # a region spans about as many cells of the level that it is pooled from
 ROUNDS = 63  # of suppression in a training step, see detections.survivors
@@ -97,7 +98,7 @@ class RcnnHead(BatchedObjectHead):
         mask_parts: dict[str, Any] = {}
         if masks:
             mask_parts = {
-                "mask_roi_pool": RegionPool(self.strides, 14),
+                "mask_roi_pool": RegionPool(self.strides, MASK_SIDE // 2),
                 "mask_head": MaskRCNNHeads(width, (width,) * MASK_CONVS, 1),
                 "mask_predictor": MaskRCNNPredictor(width, width, classes),
             }
@@ -147,7 +148,7 @@ class RcnnHead(BatchedObjectHead):
             maps = {name: m.to(said.dtype) for name, m in maps.items()}
             proposals, there = self.rpn.proposed(said.detach(), list(maps.values()), features, ROUNDS)
             of_anchors = self.rpn.batch_losses(said, list(maps.values()), features, targets)
-            of_regions = self.regions.batch_losses(maps, proposals, there, targets)
+            of_regions = self.regions.batch_losses(maps, proposals, there, targets, features.frame[1])
             return torch.stack([*of_anchors, *of_regions]).sum()
 
     def _found(self, features: Features) -> list[Detections]:
@@ -326,8 +327,8 @@ class _Proposals(RegionProposalNetwork):
         scores = torch.cat(values, 1).sigmoid() * _large(boxes, LEAST_PROPOSAL)
         groups = boxes.view(-1, most, 4)  # of each image and level
         stay = survivors(groups, scores.view(-1, most) > 0, self.nms_thresh, rounds)
-        values, where = (scores * stay.view_as(scores)).topk(min(self.post_nms_top_n(), scores.shape[1]))
-        return boxes.gather(1, where[:, :, None].expand(-1, -1, 4)), values > 0
+        kept, where = (scores * stay.view_as(scores)).topk(min(self.post_nms_top_n(), scores.shape[1]))
+        return boxes.gather(1, where[:, :, None].expand(-1, -1, 4)), kept > 0
 
     def batch_losses(
         self, said: Tensor, maps: list[Tensor], features: Features, targets: ObjectBatch
@@ -412,11 +413,11 @@ class _Regions(RoIHeads):
         return logits.view(*boxes.shape[:2], -1), deltas.view(*boxes.shape[:2], -1, 4)
 
     def batch_losses(
-        self, maps: dict[str, Tensor], proposals: Tensor, there: Tensor, targets: ObjectBatch
+        self, maps: dict[str, Tensor], proposals: Tensor, there: Tensor, targets: ObjectBatch, width: int
     ) -> list[Tensor]:
         """The losses of classes, boxes and masks, of proposals that are sampled from all images at once.
 
-        proposals: (batch, proposals, 4). there: (batch, proposals), bool: the others are none.
+        proposals: (batch, proposals, 4). there: (batch, proposals), bool: the others are none. width: of the frame.
         """
         most_positive = int(self.fg_bg_sampler.batch_size_per_image * self.fg_bg_sampler.positive_fraction)
         boxes, labels, index, counted = self._sampled(proposals, there, targets, most_positive)
@@ -431,8 +432,8 @@ class _Regions(RoIHeads):
         regions, objects = summed(torch.stack([counted.sum(), positive.sum()])).clamp(min=1)
         losses = [of_class.sum() / regions, of_box.sum() / regions]
         if self.has_mask():
-            of_mask = self._mask_losses(maps, first, which, index, targets) * positive.flatten()
-            losses.append(of_mask.sum() / objects)
+            wanted = mask_targets(targets, first, index, width)
+            losses.append((self._mask_losses(maps, first, which, wanted) * positive.flatten()).sum() / objects)
         return losses
 
     @torch.no_grad()
@@ -457,14 +458,10 @@ class _Regions(RoIHeads):
         labels = targets.labels.gather(1, index) * is_object
         return boxes.gather(1, place[:, :, None].expand(-1, -1, 4)), labels, index, counted
 
-    def _mask_losses(
-        self, maps: dict[str, Tensor], boxes: Tensor, labels: Tensor, index: Tensor, targets: ObjectBatch
-    ) -> Tensor:
-        """The mean over the pixels of each region's mask: (batch * regions,). boxes: (batch, regions, 4). index: of
-        their objects, (batch, regions)."""
+    def _mask_losses(self, maps: dict[str, Tensor], boxes: Tensor, labels: Tensor, wanted: Tensor) -> Tensor:
+        """The mean over the pixels of each region's mask: (batch * regions,). boxes: (batch, regions, 4)."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool.pooled(maps, numbered(boxes))))
         which = labels.flatten()[:, None, None, None].expand(-1, -1, *logits.shape[2:])
-        wanted = mask_targets(targets, boxes, index, logits.shape[-1])
         return binary_cross_entropy_with_logits(logits.gather(1, which)[:, 0], wanted, reduction="none").mean((1, 2))
 
 
@@ -538,10 +535,10 @@ def encoded(wanted: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
 
 
 @torch.no_grad()
-def mask_targets(targets: ObjectBatch, boxes: Tensor, index: Tensor, side: int) -> Tensor:
-    """The masks of objects within boxes, (batch * boxes, side, side), as torchvision cuts them out.
+def mask_targets(targets: ObjectBatch, boxes: Tensor, index: Tensor, width: int) -> Tensor:
+    """The masks of objects within boxes, (batch * boxes, MASK_SIDE, MASK_SIDE), as torchvision cuts them out.
 
-    boxes: (batch, boxes, 4), frame pixels. index: (batch, boxes), of each one's object.
+    boxes: (batch, boxes, 4), frame pixels. index: (batch, boxes), of each one's object. width: of the frame.
     """
     if targets.masks is None or targets.places is None:
         raise ProbeError("A head with masks learns from objects with masks; these have none.")
@@ -552,9 +549,9 @@ def mask_targets(targets: ObjectBatch, boxes: Tensor, index: Tensor, side: int) 
     else:
         places = targets.places.gather(1, index).flatten()
         which = torch.arange(index.numel(), device=index.device)
-    masks = half_pixel_later(unpacked(targets.masks.index_select(0, places))).to(boxes.dtype)
+    masks = half_pixel_later(unpacked(targets.masks.index_select(0, places), width)).to(boxes.dtype)
     regions = torch.cat([which.view(-1, 1).to(boxes.dtype), boxes.flatten(0, 1)], 1)
-    return roi_align(masks[:, None], regions, (side, side), 1.0)[:, 0]
+    return roi_align(masks[:, None], regions, (MASK_SIDE, MASK_SIDE), 1.0)[:, 0]
 
 
 def half_pixel_later(masks: Tensor) -> Tensor:

@@ -330,8 +330,9 @@ def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[i
 def _mask_in_frame(rle: Rle | None, placement: Placement) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
     """The part of a frame that a mask covers, by nearest pixel as `labels_in_frame` has it, and the mask there."""
     assert rle is not None  # a cache for this task holds a mask for each object
-    if tuple(rle["size"]) != placement.original:
-        raise ShapeError(f"A mask of {tuple(rle['size'])} pixels does not fit an image of {placement.original}.")
+    size: Any = rle["size"]
+    if tuple(size) != placement.original:
+        raise ShapeError(f"A mask of {tuple(size)} pixels does not fit an image of {placement.original}.")
     window, mask = decode_window(rle)
     covered, taken = [], []
     for content, original, own in zip(placement.content, placement.original, window, strict=True):
