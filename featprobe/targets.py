@@ -84,6 +84,23 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
     return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def encode_window(mask: NDArray[np.bool_], top: int, left: int, size: Size) -> dict[str, object]:
+    """`encode_rle` of a mask of (height, width) that is empty but for a window, from what stands there alone.
+
+    >>> mask = np.zeros((9, 10), dtype=bool)
+    >>> mask[2:9, 3:10] = np.eye(7, dtype=bool)
+    >>> encode_window(mask[2:9, 3:10], 2, 3, (9, 10)) == encode_rle(mask)
+    True
+    """
+    columns = np.zeros((mask.shape[1], size[0]), dtype=bool)
+    columns[:, top : top + mask.shape[0]] = mask.T
+    edges = left * size[0] + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
+    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
+    counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts  # no run is empty but the first
+    rle = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": [int(s) for s in size], "counts": rle["counts"].decode("ascii")}
+
+
 def decode_rle(rle: Rle) -> NDArray[np.bool_]:
     """The (height, width) mask of a compressed COCO RLE."""
     return np.asarray(coco_mask.decode({"size": rle["size"], "counts": rle["counts"]}), dtype=bool)

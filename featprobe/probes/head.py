@@ -245,10 +245,13 @@ class ObjectHead(Head):
 
 
 class BatchedObjectHead(ObjectHead):
-    """An object head whose loss is the same work for every batch of one shape, and draws nothing at random.
+    """An object head whose loss is the same work for every batch of one shape.
 
-    On a GPU its training steps are recorded once and replayed; see `probes.train.train`.
+    On a GPU its training steps are recorded once and replayed; see `probes.train.train`. What it draws at random it
+    takes from `ObjectBatch.keys`. draws: whether it does, and on a CPU has `forward` draw for each image by itself.
     """
+
+    draws: bool = False
 
     @abstractmethod
     def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:

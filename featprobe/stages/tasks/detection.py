@@ -13,12 +13,13 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
+from featprobe.errors import ShapeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
-from featprobe.probes import ObjectHead, ObjectTarget, object_sides, objects_at_original
-from featprobe.probes.detections import ObjectBatch, on_host
+from featprobe.probes import ObjectHead, ObjectTarget, execution, object_sides, objects_at_original
+from featprobe.probes.detections import ObjectBatch, on_host, packed
 from featprobe.probes.head import BatchedObjectHead, all_batched
 from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
@@ -30,7 +31,7 @@ from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
-from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
+from featprobe.targets import Instance, Labels, Rle, components, decode_window
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
 MASK_MEMORY_SHARE = 0.2  # of the memory where the head trains, for masks kept ready
@@ -90,17 +91,23 @@ class Detection:
 
     def fixed(self, head: ObjectHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return bool(all_batched([head]))
+        return bool(self._batched([head]))
+
+    def _batched(self, heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
+        """The heads, where they take the objects of all images at once; else none of them."""
+        found = all_batched(heads)
+        apart = any(head.draws for head in found) and not execution.whole_batches(self.device)
+        return [] if apart or (self.masks and not self._masks_fit) else found
 
     def start(self, heads: Sequence[ObjectHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
-        batched = all_batched(heads)
+        batched = self._batched(heads)
         return self._batch_losses(batched) if batched else self._losses(heads)
 
     def _batch_losses(self, heads: Sequence[BatchedObjectHead]) -> Callable[[Features, Batch], Tensor]:
         """Losses of heads that take the objects of all images at once."""
         rows = np.array(sorted(self.targets), dtype=np.intp)
-        every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+        every = self._all_targets
 
         def wanted(batch: Batch) -> ObjectBatch:
             match batch:
@@ -228,6 +235,22 @@ class Detection:
         return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
 
     @cached_property
+    def _all_targets(self) -> ObjectBatch:
+        """The objects of all training rows, in order, on the device."""
+        rows = sorted(self.targets)
+        masks = None
+        if self.masks:
+            masks = [packed(torch.from_numpy(self._framed_masks(row))).to(self.device) for row in rows]
+        return ObjectBatch.of([self.targets[row] for row in rows], masks).to(self.device)
+
+    @cached_property
+    def _masks_fit(self) -> bool:
+        """Whether the masks of all training rows fit on the device at once, a bit per pixel."""
+        sizes = {row: self.cache.rows.placement(row).frame for row in self.targets}
+        size = sum(len(t.labels) * sizes[row][0] * -(-sizes[row][1] // 8) for row, t in self.targets.items())
+        return size <= room_for_masks(self.device)
+
+    @cached_property
     def _masks(self) -> "MaskStore":
         return MaskStore(self.device)
 
@@ -237,8 +260,15 @@ class Detection:
         rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
         masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
         for mask, rle in zip(masks, rles, strict=True):
-            mask[:] = _mask_in_frame(rle, placement)
+            covered, own = _mask_in_frame(rle, placement)
+            mask[covered] = own
         return masks
+
+
+def room_for_masks(device: torch.device) -> float:
+    """The bytes that masks may take of the memory where heads train."""
+    room = device_room(device)
+    return MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
 
 
 class MaskStore:
@@ -248,9 +278,7 @@ class MaskStore:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        room = device_room(device)
-        self.room = MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+        self.device, self.room = device, room_for_masks(device)
         self.kept: dict[int, tuple[tuple[int, ...], list[tuple[int, int, Tensor]]]] = {}
 
     def of(self, row: int, decode: Callable[[], NDArray[np.uint8]]) -> Tensor:
@@ -299,10 +327,20 @@ def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[i
     return results
 
 
-def _mask_in_frame(rle: Rle | None, placement: Placement) -> np.ndarray:
+def _mask_in_frame(rle: Rle | None, placement: Placement) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The part of a frame that a mask covers, by nearest pixel as `labels_in_frame` has it, and the mask there."""
     assert rle is not None  # a cache for this task holds a mask for each object
-    framed = labels_in_frame(decode_rle(rle).astype(np.uint8), placement)
-    return framed == 1  # padding is 255
+    size: Any = rle["size"]
+    if tuple(size) != placement.original:
+        raise ShapeError(f"A mask of {tuple(size)} pixels does not fit an image of {placement.original}.")
+    window, mask = decode_window(rle)
+    covered, taken = [], []
+    for content, original, own in zip(placement.content, placement.original, window, strict=True):
+        places = np.minimum(((np.arange(content) + 0.5) * original / content).astype(np.intp), original - 1)
+        start, stop = np.searchsorted(places, [own.start, own.stop]).tolist()
+        covered.append(slice(start, stop))
+        taken.append(places[start:stop] - own.start)
+    return (covered[0], covered[1]), mask[np.ix_(*taken)]
 
 
 def _sized(instance: Instance) -> bool:
