@@ -154,6 +154,20 @@ def test_a_recorded_step_trains_what_one_that_is_taken_anew_trains(
     assert apart(recorded, anew) <= 2e-2
 
 
+@pytest.mark.parametrize(("task", "head"), [("detect", "fasterrcnn"), ("instseg", "maskrcnn")])
+def test_heads_with_regions_train_on_a_card_recorded_or_not(
+    task: str, head: str, extracted: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They draw their samples at random, in another order where a step is recorded: the losses are near each other."""
+    losses = []
+    for record in ("1", "0"):
+        monkeypatch.setenv("FEATPROBE_RECORD", record)
+        row, weights = trained(extracted, head, task)
+        assert all(bool(value.isfinite().all()) for value in weights.values())
+        losses.append([point["loss"] for point in row["curve"]])
+    assert losses[0][-1] < losses[0][0] and losses[1] == pytest.approx(losses[0], rel=0.2)
+
+
 def test_a_recorded_bank_trains_what_one_that_is_taken_anew_trains(
     extracted: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
