@@ -25,7 +25,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "regions",
         "targets",
         "machine",
-        "cuda_graphs",
         "processes",
     ),
     ("backbones", "datasets", "cache", "probes", "metrics", "report"),

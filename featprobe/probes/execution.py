@@ -1,5 +1,6 @@
 """The two ways in which a head computes: in pieces that fit a CPU's caches, or in few large operations for a GPU."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
@@ -30,6 +31,14 @@ def full_products(device: torch.device) -> AbstractContextManager[object]:
     """Inside, products and convolutions use the format of their factors, also within `half_products`: for logits and
     losses."""
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+
+
+def recorded(device: torch.device) -> bool:
+    """Whether a training step of fixed shapes is recorded once, as a CUDA graph, and replayed.
+
+    With FEATPROBE_RECORD=0 no step is recorded: the results are the same, the training takes longer.
+    """
+    return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"
 
 
 def mixed(device: torch.device) -> bool:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featprobe import cuda_graphs
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
@@ -150,7 +149,7 @@ def train(
     With several processes each computes its part of every batch: losses are summed, and all end with the same weights.
 
     fixed: the loss also accepts places of rows on the device, and does the same work for every batch of one shape; so a
-    GPU records a step of frozen features once and replays it (`cuda_graphs.recorded`). resident: gives the features of
+    GPU records a step of frozen features once and replays it (`execution.recorded`). resident: gives the features of
     rows that all lie on the device; None if features come from the feed.
 
     A head whose loss is no longer finite is given up: its curve ends, the others continue. Raises DivergedError when
@@ -299,17 +298,25 @@ class _Recorded:
             content = None if features.content is None else features.content.clone()
             maps = {name: m.clone() for name, m in features.maps.items()}
             self.given = replace(features, maps=maps, content=content)
-        try:
-            return cuda_graphs.record(lambda: self.step(self.given), self.device, self.stream)
-        except torch.OutOfMemoryError:
-            raise
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:  # thread_local: the thread that reads ahead may ask for memory meanwhile
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"),
+            ):
+                self.step(self.given)
         except RuntimeError as error:
+            torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own behind
+            first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
+            if isinstance(error, torch.OutOfMemoryError) or isinstance(first, torch.OutOfMemoryError):
+                raise torch.OutOfMemoryError(str(first)) from error
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
-                f"  found   {str(error).splitlines()[0]}\n"
+                f"  found   {str(first).splitlines()[0]}\n"
                 "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded. The result is the\n"
                 "same, but the training takes longer."
             ) from error
+        return graph
 
 
 def _clip(heads: Sequence[nn.Module], limit: float) -> None:
@@ -324,7 +331,7 @@ def _clip(heads: Sequence[nn.Module], limit: float) -> None:
 
 def _is_recorded(heads: Sequence[nn.Module], tuned: Tuned | None, fixed: bool) -> bool:
     """Whether the steps of this training are recorded and replayed: only in a single process, with frozen features."""
-    return fixed and tuned is None and count() == 1 and cuda_graphs.recorded(next(heads[0].parameters()).device)
+    return fixed and tuned is None and count() == 1 and execution.recorded(next(heads[0].parameters()).device)
 
 
 class _Rates:

@@ -1,5 +1,6 @@
 """What needs a card: equality with the CPU within stated bounds, kills, the captured step, features that lie there."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -74,26 +75,6 @@ def test_a_card_computes_what_a_cpu_computes_within_the_precision_s_bound_and_tw
         assert np.array_equal(found[name], again[name]), name
 
 
-@pytest.mark.parametrize("store", ["maps", "pooled"])
-def test_a_recorded_pass_finds_what_one_that_is_taken_anew_finds(
-    store: Any, space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of 16 and a last one of 8, letterboxed, so that every block has a content of its own."""
-    how = {"store": store, "fit": "letterbox", "size": (64, 96), "dtype": "fp32", "precision": "fp32"}
-    found = []
-    for name in ("recorded", "anew"):
-        monkeypatch.setenv("FEATPROBE_RECORD", str(int(name == "recorded")))
-        own = Workspace(tmp_path / name)
-        own.root.mkdir()
-        own.data.symlink_to(space.data)
-        made = extract(own, SPEC, "xray", ExtractOptions(quiet=True, device="cuda", batch_size=16, **how))
-        assert not [note for note in made.notes if "recorded" in note]
-        cache = open_cache(made.path)
-        found.append([np.stack([cache.read_row(i, level) for i in range(len(cache))]) for level in cache.levels])
-    for recorded, anew in zip(*found, strict=True):
-        np.testing.assert_allclose(recorded, anew, rtol=0, atol=1e-5 * np.abs(anew).max())
-
-
 def test_an_extraction_that_is_killed_on_a_card_goes_on_to_a_sound_cache(space: Workspace, tmp_path: Path) -> None:
     own = Workspace(tmp_path / "killed")
     own.root.mkdir()
@@ -164,7 +145,8 @@ def test_heads_with_regions_train_on_a_card_recorded_or_not(
         monkeypatch.setenv("FEATPROBE_RECORD", record)
         row, weights = trained(extracted, head, task)
         assert all(bool(value.isfinite().all()) for value in weights.values())
-        losses.append([point["loss"] for point in row["curve"]])
+        card = json.loads((extracted.probes / row["folder"] / "card.json").read_text())
+        losses.append([point["loss"] for point in card["curve"]])
     assert losses[0][-1] < losses[0][0] and losses[1] == pytest.approx(losses[0], rel=0.2)
 
 

@@ -161,7 +161,7 @@ def extract_with(
             "wait_disk": filler.waited_disk,
             **filler.busy.alone(max(1, options.workers)),
         },
-        notes=(*job.info.notes, *job.notes, *([filler.stored.note] if filler.stored.note else [])),
+        notes=(*job.info.notes, *job.notes),
         device=str(device),
         images=len(job.surveyed.found),
     )

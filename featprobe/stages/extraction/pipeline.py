@@ -29,7 +29,6 @@ from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
 from featprobe.stages.extraction.job import Job
-from featprobe.stages.extraction.replayed import Found, ReplayedPass
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
 from featprobe.stages.progress import Progress
@@ -113,10 +112,10 @@ class Filler:
         self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
         self.busy = Busy()
         self.framing = Framing(job.recipe, device)
-        kept = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
-        self._read: Callable[..., Levels] = kept if job.recipe.in_parts else read_levels
+        self._read: Callable[..., Levels] = read_levels
+        if job.recipe.in_parts:
+            self._read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
         self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.stored = ReplayedPass(self._stored, options.batch_size, device)
 
     def fill(self, start: int, stop: int) -> None:
         """Compute every block of [start, stop) that misses a row, and write the rows it misses.
@@ -268,18 +267,14 @@ class Filler:
             marks.copied.record(self._downloads)
         return Computed(start, wanted, host, host.pop(FINITE), slot, marks)
 
-    def _features(self, images: torch.Tensor, block: Block) -> Found:
+    def _features(self, images: torch.Tensor, block: Block) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Features of a block's images on the device as the cache stores them; whether each is finite, (images,)."""
-        if self.job.recipe.store == "maps":
-            return self.stored(images, None)
-        sizes = [row.placement.content for row in self.job.rows[slice(*block)]]
-        content = torch.tensor(sizes, pin_memory=self.device.type == "cuda")
-        return self.stored(images, content.to(self.device, non_blocking=True))
-
-    def _stored(self, images: torch.Tensor, content: torch.Tensor | None) -> Found:
-        """The same, operator by operator. content: see Features; needed where features are pooled."""
         with computing(self.job.recipe.precision, self.device):
-            features = replace(self.backbone(images), content=content)
+            features = self.backbone(images)
+        if self.job.recipe.store == "pooled":
+            sizes = [row.placement.content for row in self.job.rows[slice(*block)]]
+            content = torch.tensor(sizes, pin_memory=self.device.type == "cuda")  # so that sending it waits for nothing
+            features = replace(features, content=content.to(self.device, non_blocking=True))
         maps, finite = stored_features(features, self.job.recipe)
         if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
             maps = {n: m.contiguous() for n, m in maps.items()}

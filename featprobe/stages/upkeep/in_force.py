@@ -19,7 +19,7 @@ ROOT_VARIABLE = "FEATPROBE_WORKSPACE"
 LARGEST = 1 << 22  # bytes of a featprobe.toml
 MEANT: Mapping[str, str] = {
     ROOT_VARIABLE: "the workspace, where --workspace does not say it",
-    "FEATPROBE_RECORD": "0: no training step, and no pass of a backbone, is recorded as a CUDA graph",
+    "FEATPROBE_RECORD": "0: no training step is recorded as a CUDA graph",
     "HF_HOME": "the folder of downloaded weights",
     "HF_HUB_OFFLINE": "1: the model hub is not asked",
     "HF_ENDPOINT": "the address of the model hub",
