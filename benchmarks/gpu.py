@@ -401,8 +401,8 @@ def measure(bench: Bench) -> None:
     bench.part(lambda: bench.line("dense evaluation", training.evaluation(), "images/s", 2500), "dense evaluation")
     bench.part(lambda: ridge_line(bench, training), "ridge")
     for task, head, target, short, long in (
-        ("semseg", "upsample", 1000, 50, 250), ("detect", "fcos", 800, 50, 250),
-        ("detect", "fasterrcnn", 250, 20, 80), ("instseg", "maskrcnn", 120, 20, 60),
+        ("semseg", "upsample", 1000, 50, 450), ("detect", "fcos", 800, 50, 850),
+        ("detect", "fasterrcnn", 250, 20, 220), ("instseg", "maskrcnn", 120, 20, 120),
     ):  # fmt: skip
         objects = {} if task == "semseg" else {"instances": "components"}
         line = partial(head_line, bench, training, task, head, target, short, long, objects)

@@ -29,7 +29,6 @@ from featprobe.errors import DataError, ProbeError
 from featprobe.image_labels import ImageLabels
 from featprobe.kinds import KINDS, HeadKind, TrainRecipe, kinds_of
 from featprobe.probes import load_head
-from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
