@@ -98,17 +98,22 @@ class Regions:
         shown[1::2] = self.region + 1
         return np.repeat(shown, np.diff(edges, prepend=0, append=self.size[0] * self.size[1])).reshape(self.size)
 
-    def highest(self, values: NDArray[np.float32], known: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    def highest(
+        self, values: NDArray[np.float32], which: NDArray[np.bool_] | None = None, off: Places | None = None
+    ) -> NDArray[np.float32]:
         """(regions,), the largest of the values, (height, width), in each. None may be nan there.
 
-        known: the same where it is known, elsewhere -inf.
+        which: those that are asked for, (regions,); of the others it is -inf. off: (regions,), how much further on the
+        places of each are than those of its values.
         """
-        found = np.full(len(self), -np.inf, np.float32) if known is None else known.copy()
-        runs = np.flatnonzero(np.isneginf(found)[self.region])
-        edges = np.stack([own[runs] for own in self._edges], axis=1).ravel()
-        if len(edges):
-            edges = edges[:-1] if edges[-1] == values.size else edges  # as `reduceat` wants it
-            np.maximum.at(found, self.region[runs], np.maximum.reduceat(values.ravel(), edges)[::2])
+        runs = np.arange(len(self.region)) if which is None else np.flatnonzero(which[self.region])
+        region = self.region[runs]
+        start, stop = (own[runs] - (0 if off is None else off[region]) for own in self._edges)
+        found = np.full(len(self), -np.inf, np.float32)
+        if len(runs):
+            _, inside = _ranges(start, stop)
+            of_runs = np.maximum.reduceat(values.ravel()[inside], np.cumsum(stop - start) - (stop - start))
+            np.maximum.at(found, region, of_runs)
         return found
 
     def at(self, places: Places) -> Places:

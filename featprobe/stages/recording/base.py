@@ -12,7 +12,7 @@ from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule,
 from featprobe.probes import Head
 from featprobe.processes import gathered
 from featprobe.stages.recording.handed import Findings
-from featprobe.stages.recording.map_calls import calls_of_map
+from featprobe.stages.recording.map_calls import calls_at_bases
 from featprobe.stages.recording.meetings import overlaps_of_map
 from featprobe.stages.recording.recorder import Recorder, SplitTruth
 from featprobe.stages.recording.watch import Watch
@@ -131,15 +131,16 @@ class Trials(Watch):
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
-        each, ground, calls = [], self.truth.ground(image), None
-        for base in reversed(self.tried[head]):
-            calls = calls_of_map(values, base, classes, calls)
-            overlaps = overlaps_of_map(calls, ground)
-            most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
-            placed = overlaps.some(overlaps.call_area <= most)
-            defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
-            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
-        self.found[head, image] = each[::-1]
+        calls = calls_at_bases(values, self.tried[head], classes)
+        overlaps = overlaps_of_map(calls, self.truth.ground(image))
+        most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
+        placed = overlaps.some(overlaps.call_area <= most)
+        defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
+        false_call = self.truth.judged(image, overlaps) == NOTHING
+        self.found[head, image] = [
+            (found, calls.score[false_call & (calls.layer == k)])
+            for k, found in enumerate(defects.reshape(calls.layers, -1))
+        ]
 
     def best(self) -> Bases:
         """The base of each head by the areas under its curves; all processes ask for them together."""

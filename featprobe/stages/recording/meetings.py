@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from featprobe.metrics.defects.overlaps import Overlaps
 from featprobe.metrics.defects.records import Indices
-from featprobe.regions import Regions, Runs, runs_of
+from featprobe.regions import Runs, runs_of
 from featprobe.stages.recording.map_calls import MapCalls
 from featprobe.targets import Instance, decode_window
 
@@ -78,17 +78,20 @@ class Ground:
 
 
 def overlaps_of_map(calls: MapCalls, ground: Ground) -> Overlaps:
-    """The overlaps of the calls of a map."""
-    areas = calls.area.astype(np.float64)
+    """The overlaps of the calls of a map. Each of several layers has the defects for itself, in this order."""
+    layers = np.arange(calls.layers)[:, None]
 
     def meet(shapes: Sequence[Shape]) -> _Met:
         masks, bare = _with_mask(shapes)
-        on_masks = _on_map(calls.regions, areas, [shapes[i] for i in masks]).of(masks)
+        found = _on_map(calls, [shapes[i] for i in masks]).of((layers * len(shapes) + masks).ravel())
         if not len(bare):
-            return on_masks
-        return _joined(on_masks, _boxes_meet(calls.boxes.astype(np.float64), _boxes(shapes)[bare]).of(bare))
+            return found
+        boxes = _boxes(shapes)[bare] + (layers * calls.rows)[..., None] * (0, 1, 0, 1)  # (layers, bare, 4)
+        by_boxes = _boxes_meet(calls.boxes.astype(np.float64), boxes.reshape(-1, 4))
+        return _joined(found, by_boxes.of((layers * len(shapes) + bare).ravel()))
 
-    return _overlaps(meet, calls.category, ground)
+    category = np.tile(ground.category, calls.layers)
+    return _overlaps(meet, calls.category, replace(ground, category=category))
 
 
 def overlaps_of_objects(objects: Sequence[Instance], ground: Ground) -> Overlaps:
@@ -164,17 +167,20 @@ def _windows(shapes: Sequence[Shape]) -> Boxes:
     return np.array(edges, np.float64).reshape(-1, 4)
 
 
-def _on_map(regions: Regions, area: NDArray[np.float64], shapes: Sequence[Shape]) -> _Met:
-    """Where the calls of a map, of these areas, meet masks."""
+def _on_map(calls: MapCalls, shapes: Sequence[Shape]) -> _Met:
+    """Where the calls of a map meet masks, which are in each layer."""
+    regions, area = calls.regions, calls.area.astype(np.float64)
     if not len(regions) or not shapes:
         return _table([])
-    width = regions.size[1]
+    width, layers = regions.size[1], np.arange(calls.layers)[:, None]
+    off = layers * calls.rows * width
     owner = np.repeat(np.arange(len(shapes)), [len(shape.runs.row) for shape in shapes])
-    run, region, shared = regions.meet(*Runs.joined([shape.runs for shape in shapes]).within(width))
-    pairs, place = np.unique(owner[run] * len(regions) + region, return_inverse=True)
+    edges = Runs.joined([shape.runs for shape in shapes]).within(width)
+    run, region, shared = regions.meet(*((own + off).ravel() for own in edges))
+    pairs, place = np.unique((owner + layers * len(shapes)).ravel()[run] * len(regions) + region, return_inverse=True)
     other, call = np.divmod(pairs, len(regions))
-    center = regions.at(np.array([row * width + column for row, column in (shape.center for shape in shapes)]))
-    other_area = np.array([shape.area for shape in shapes], np.float64)
+    center = regions.at((np.array([shape.center for shape in shapes]) @ np.array((width, 1)) + off).ravel())
+    other_area = np.tile([float(shape.area) for shape in shapes], calls.layers)
     both = np.bincount(place, shared, len(pairs)).astype(np.float64)
     return _Met(call, other, both, area[call], other_area[other], call == center[other])
 
