@@ -166,7 +166,7 @@ def index_targets(
         if binary:
             check_labels(labels, len(classes), str(path))  # grey edges have labels that are too high
         if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
-            labels = (labels > 0).astype(np.uint8)
+            labels = (labels > 0).view(np.uint8)
             if empty is not None:
                 labels[empty] = IGNORE
         check_labels(labels, len(classes), str(path))
@@ -197,7 +197,7 @@ def read_mask(path: Path) -> Labels:
     mode, values = stored_pixels(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a coloured mask ({mode}). wanted: class indices, as grey levels or a palette.")
-    if values.max(initial=0) > 255 or values.min(initial=0) < 0:
+    if values.dtype != np.uint8 and (values.max(initial=0) > 255 or values.min(initial=0) < 0):
         raise DataError(f"{path} holds labels up to {values.max()}. wanted: 0 to 255.")
     return values.astype(np.uint8)
 
