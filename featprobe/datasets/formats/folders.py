@@ -22,7 +22,6 @@ from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, spl
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.io.threads import each
-from featprobe.machine import usable_cores
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances, values_in
 
 PLAIN = ("train", "val", "valid", "validation", "test")
@@ -270,7 +269,7 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
             return seen, not seen and empty is not None and bool((labels[empty] == IGNORE).any())
         return set(), False
 
-    for path, (seen, under_empty) in zip(paths, each(look, paths, usable_cores()), strict=True):
+    for path, (seen, under_empty) in zip(paths, each(look, paths), strict=True):
         if IGNORE in seen and seen - {1, IGNORE}:  # a mask with grey edges does not count; reading it raises
             continue
         if seen:
