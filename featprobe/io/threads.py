@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TypeVar
 
+from featprobe.machine import usable_cores
+
 T = TypeVar("T")
 R = TypeVar("R")
-AT_ONCE = 16  # items that a thread is given together
+FEWEST, AT_ONCE = 4, 16  # items that are worth a thread; that it is given together
 
 
 @contextmanager
@@ -26,9 +28,13 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iter
         pool.shutdown(cancel_futures=True)
 
 
-def each(work: Callable[[T], R], items: Sequence[T], workers: int) -> list[R]:
-    """The same as a list, for items that take less than a millisecond. With one worker nothing leaves this thread."""
-    if workers < 2 or len(items) < 2:
+def each(work: Callable[[T], R], items: Sequence[T], processes: int = 1) -> list[R]:
+    """The same as a list, for items that take less than a millisecond, with a thread for each core that may be used.
+
+    Few items, and all where there is one core, are worked on in the calling thread. processes: that do this together.
+    """
+    workers = usable_cores() // processes if len(items) >= FEWEST else 1
+    if workers < 2:
         return [work(item) for item in items]
     size = max(1, min(AT_ONCE, len(items) // workers))
     parts = [items[start : start + size] for start in range(0, len(items), size)]

@@ -22,7 +22,6 @@ from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, spl
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.io.threads import each
-from featprobe.machine import usable_cores
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances, values_in
 
 PLAIN = ("train", "val", "valid", "validation", "test")
@@ -166,7 +165,7 @@ def index_targets(
         if binary:
             check_labels(labels, len(classes), str(path))  # grey edges have labels that are too high
         if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
-            labels = (labels > 0).astype(np.uint8)
+            labels = (labels > 0).view(np.uint8)
             if empty is not None:
                 labels[empty] = IGNORE
         check_labels(labels, len(classes), str(path))
@@ -197,7 +196,7 @@ def read_mask(path: Path) -> Labels:
     mode, values = stored_pixels(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a coloured mask ({mode}). wanted: class indices, as grey levels or a palette.")
-    if values.max(initial=0) > 255 or values.min(initial=0) < 0:
+    if values.dtype != np.uint8 and (values.max(initial=0) > 255 or values.min(initial=0) < 0):
         raise DataError(f"{path} holds labels up to {values.max()}. wanted: 0 to 255.")
     return values.astype(np.uint8)
 
@@ -270,7 +269,7 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
             return seen, not seen and empty is not None and bool((labels[empty] == IGNORE).any())
         return set(), False
 
-    for path, (seen, under_empty) in zip(paths, each(look, paths, usable_cores()), strict=True):
+    for path, (seen, under_empty) in zip(paths, each(look, paths), strict=True):
         if IGNORE in seen and seen - {1, IGNORE}:  # a mask with grey edges does not count; reading it raises
             continue
         if seen:

@@ -48,7 +48,7 @@ class LabelShelf:
     def truths(self, cache: Cache, images: Rows) -> list[Labels]:
         """The masks of whole images at their own size: (height, width), uint8."""
         missing = [image for image in images.tolist() if image not in self._truths]
-        read = dict(zip(missing, each(cache.image_semantic, missing, usable_cores() // count()), strict=True))
+        read = dict(zip(missing, each(cache.image_semantic, missing, count()), strict=True))
         size = sum(own.nbytes for own in read.values())
         if size <= self.left:
             self.left -= size
@@ -130,7 +130,7 @@ def _encode(
 
     step = max(1, PIXELS_AT_ONCE // (height * width))
     parts = [places[start : start + step] for start in range(0, len(places), step)]
-    threads = min(usable_cores() // count(), len(parts))
+    threads = min(usable_cores() // count(), len(parts)) if len(parts) > 1 else 1
     if threads < 2:
         return [own for part in parts for own in work(part)]
     with single_threaded(threads, "label-reader") as pool:
