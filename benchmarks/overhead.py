@@ -151,7 +151,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """The CPU takes the path of a GPU with room for all features and labels."""
     with contextlib.ExitStack() as patches:
         products = torch.library.Library("aten", "IMPL")  # which CPUs have in one number format alone
-        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
+        patches.callback(products._destroy)
+        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU", allow_override=True)
         for choice in ("whole_batches", "mixed"):
             patches.enter_context(mock.patch.object(execution, choice, lambda device: True))
         for module in (reader, segmentation):

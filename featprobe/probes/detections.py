@@ -78,7 +78,11 @@ class ObjectBatch:
 
     def to(self, device: torch.device) -> "ObjectBatch":
         """The same objects on another device."""
-        return ObjectBatch(*(None if v is None else v.to(device, non_blocking=True) for v in self._parts()))  # type: ignore[arg-type]
+        boxes, labels, crowds = (v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds))
+        if self.masks is None or self.places is None:
+            return ObjectBatch(boxes, labels, crowds)
+        masks, places = (v.to(device, non_blocking=True) for v in (self.masks, self.places))
+        return ObjectBatch(boxes, labels, crowds, masks, places)
 
     def at(self, images: Tensor) -> "ObjectBatch":
         """The objects of some of the images. images: (batch,), int64, on the same device."""
@@ -92,9 +96,6 @@ class ObjectBatch:
         if (name, shape) not in self.drawn:
             self.drawn[name, shape] = torch.rand(shape, device=self.boxes.device)
         return self.drawn[name, shape]
-
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.boxes, self.labels, self.crowds, self.masks, self.places
 
 
 @dataclass(frozen=True)
