@@ -14,7 +14,7 @@ from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
-PAIRED_AT_ONCE = 8192  # candidates of a batch; where there are more, each image's are compared by themselves
+PAIRED_AT_ONCE = 16384  # candidates of a batch; where there are more, each image's are compared by themselves
 ROUNDS_AT_ONCE = 8  # of suppression, before it is asked whether all boxes are settled
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
 
