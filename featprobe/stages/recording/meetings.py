@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from featprobe.metrics.defects.overlaps import Overlaps
 from featprobe.metrics.defects.records import Indices
+from featprobe.regions import Regions, Runs, runs_of
 from featprobe.stages.recording.map_calls import MapCalls
 from featprobe.targets import Instance, decode_window
 
@@ -49,6 +50,11 @@ class Shape:
         return int(np.count_nonzero(self.pixels))
 
     @cached_property
+    def runs(self) -> Runs:
+        """The runs of its mask in the image."""
+        return runs_of(self.pixels)[0].moved(self.window[0].start, self.window[1].start)
+
+    @cached_property
     def center(self) -> tuple[int, int]:
         """Row and column of the pixel of its mask that is nearest to its centroid; of equals the first, row by row."""
         rows, columns = np.nonzero(self.pixels)
@@ -73,17 +79,14 @@ class Ground:
 
 def overlaps_of_map(calls: MapCalls, ground: Ground) -> Overlaps:
     """The overlaps of the calls of a map."""
-    boxes, areas = calls.boxes.astype(np.float64), calls.area.astype(np.float64)
+    areas = calls.area.astype(np.float64)
 
     def meet(shapes: Sequence[Shape]) -> _Met:
         masks, bare = _with_mask(shapes)
-        on_masks = [
-            (call, i, shared, areas[call], shapes[i].area, call == center)
-            for i in masks.tolist()
-            for found, counts, center in [_on_map(calls, shapes[i])]
-            for call, shared in zip(found.tolist(), counts.tolist(), strict=True)
-        ]
-        return _joined(_table(on_masks), _boxes_meet(boxes, _boxes(shapes)[bare]).of(bare))
+        on_masks = _on_map(calls.regions, areas, [shapes[i] for i in masks]).of(masks)
+        if not len(bare):
+            return on_masks
+        return _joined(on_masks, _boxes_meet(calls.boxes.astype(np.float64), _boxes(shapes)[bare]).of(bare))
 
     return _overlaps(meet, calls.category, ground)
 
@@ -161,11 +164,19 @@ def _windows(shapes: Sequence[Shape]) -> Boxes:
     return np.array(edges, np.float64).reshape(-1, 4)
 
 
-def _on_map(calls: MapCalls, shape: Shape) -> tuple[Indices, NDArray[np.intp], int]:
-    """(the calls on the pixels of a mask; how many of its pixels each has; the one at its center, -1 for none)."""
-    found, counts = np.unique(calls.labels[shape.window][shape.pixels], return_counts=True)
-    some = found > 0
-    return found[some].astype(np.intp) - 1, counts[some], int(calls.labels[shape.center]) - 1
+def _on_map(regions: Regions, area: NDArray[np.float64], shapes: Sequence[Shape]) -> _Met:
+    """Where the calls of a map, of these areas, meet masks."""
+    if not len(regions) or not shapes:
+        return _table([])
+    width = regions.size[1]
+    owner = np.repeat(np.arange(len(shapes)), [len(shape.runs.row) for shape in shapes])
+    run, region, shared = regions.meet(*Runs.joined([shape.runs for shape in shapes]).within(width))
+    pairs, place = np.unique(owner[run] * len(regions) + region, return_inverse=True)
+    other, call = np.divmod(pairs, len(regions))
+    center = regions.at(np.array([row * width + column for row, column in (shape.center for shape in shapes)]))
+    other_area = np.array([shape.area for shape in shapes], np.float64)
+    both = np.bincount(place, shared, len(pairs)).astype(np.float64)
+    return _Met(call, other, both, area[call], other_area[other], call == center[other])
 
 
 def _masks_meet(call: Shape, other: Shape) -> tuple[int, int, int, bool]:
