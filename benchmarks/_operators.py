@@ -62,9 +62,10 @@ def _by_mask(function: Any, args: Any) -> bool:
     return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
 
 
-def operators(call: Callable[[], object], stops: Counter[str]) -> Counter[str]:
+def operators(call: Callable[[], object], stops: Counter[str] | None = None) -> Counter[str]:
     """How often each operator is dispatched by a call, backward passes included. stops: gets the places that wait."""
     with Counting() as counting:
         call()
-    stops.update(counting.stops)
+    if stops is not None:
+        stops.update(counting.stops)
     return counting.found

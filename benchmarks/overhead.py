@@ -151,7 +151,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """The CPU takes the path of a GPU with room for all features and labels."""
     with contextlib.ExitStack() as patches:
         products = torch.library.Library("aten", "IMPL")  # which CPUs have in one number format alone
-        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
+        patches.callback(products._destroy)
+        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU", allow_override=True)
         for choice in ("whole_batches", "mixed"):
             patches.enter_context(mock.patch.object(execution, choice, lambda device: True))
         for module in (reader, segmentation):
@@ -193,15 +194,15 @@ def count_batch(ready: Prepared, stops: Counter[str]) -> Counter[str]:
 COUNTS: dict[str, Callable[[Prepared, Counter[str]], Counter[str]]] = {"step": count_step, "batch": count_batch}
 
 
-def counted(arms: Sequence[Arm], frames: str) -> dict[str, tuple[Counter[str], Counter[str]]]:
-    """Operators of every arm, and the places that wait for the device."""
-    found = {}
+def counted(arms: Sequence[Arm], frames: str, stops: dict[str, Counter[str]] | None = None) -> dict[str, Counter[str]]:
+    """Operators of every arm. stops: gets the places where each waits for the device."""
+    places: dict[str, Counter[str]] = {arm.name: Counter() for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         workspace, cache = extracted(Path(folder), frames)
         with as_on_a_gpu():
-            for arm in arms:
-                stops: Counter[str] = Counter()
-                found[arm.name] = COUNTS[arm.count](prepared(arm, workspace, cache), stops), stops
+            found = {arm.name: COUNTS[arm.count](prepared(arm, workspace, cache), places[arm.name]) for arm in arms}
+    if stops is not None:
+        stops.update(places)
     return found
 
 
@@ -210,17 +211,19 @@ def main() -> None:
     parser.add_argument("--show", metavar="ARM", help="print the operators of the arms whose names begin so")
     options = parser.parse_args()
     torch.manual_seed(0)
-    every = {frames: counted(ARMS, frames) for frames in SIZES}
+    places: dict[str, dict[str, Counter[str]]] = {frames: {} for frames in SIZES}
+    every = {frames: counted(ARMS, frames, own) for frames, own in places.items()}
     rows, ratios, stops = [], {}, 0
     for arm in ARMS:
         row = {"per": f"{arm.count}: {arm.name}"}
         for frames, found in every.items():
-            (own, places), limit = found[arm.name], getattr(arm, frames)
+            own, limit = found[arm.name], getattr(arm, frames)
             ratios[f"{arm.name}, {frames}"] = limit / (total := ceil(own.total() - own[WAITS]))
             stops += own[WAITS] if arm.count == "step" else 0
             row |= {frames: str(total), f"limit {frames}": str(limit), f"stops {frames}": f"{own[WAITS]:g}"}
             if options.show and arm.name.startswith(options.show):
-                print(f"{arm.name}, {frames}: {dict(own.most_common())}\n  waits at {dict(places.most_common())}")
+                print(f"{arm.name}, {frames}: {dict(own.most_common())}")
+                print(f"  waits at {dict(places[frames][arm.name].most_common())}")
         rows.append(row)
     # a step that waits for the device misses the target whatever it counts
     report("overhead", 0.0 if stops else min(ratios.values()), 1.0, rows, stops=stops, **ratios)

@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
+PAIRED_AT_ONCE = 16384  # candidates of a batch; where there are more, each image's are compared by themselves
 ROUNDS_AT_ONCE = 8  # of suppression, before it is asked whether all boxes are settled
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
 
@@ -78,7 +79,11 @@ class ObjectBatch:
 
     def to(self, device: torch.device) -> "ObjectBatch":
         """The same objects on another device."""
-        return ObjectBatch(*(None if v is None else v.to(device, non_blocking=True) for v in self._parts()))  # type: ignore[arg-type]
+        boxes, labels, crowds = (v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds))
+        if self.masks is None or self.places is None:
+            return ObjectBatch(boxes, labels, crowds)
+        masks, places = (v.to(device, non_blocking=True) for v in (self.masks, self.places))
+        return ObjectBatch(boxes, labels, crowds, masks, places)
 
     def at(self, images: Tensor) -> "ObjectBatch":
         """The objects of some of the images. images: (batch,), int64, on the same device."""
@@ -92,9 +97,6 @@ class ObjectBatch:
         if (name, shape) not in self.drawn:
             self.drawn[name, shape] = torch.rand(shape, device=self.boxes.device)
         return self.drawn[name, shape]
-
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.boxes, self.labels, self.crowds, self.masks, self.places
 
 
 @dataclass(frozen=True)
@@ -316,9 +318,11 @@ def found_at_once(candidates: Candidates) -> list[Detections]:
     boxes, count = candidates.boxes.flatten(0, 1), candidates.scores.shape[1]
     scores = (candidates.scores * (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1)).flatten()
     chosen = (scores > candidates.floor).nonzero()[:, 0]
-    own = boxes[chosen]
-    apart = torch.stack([chosen // count, candidates.labels.flatten()[chosen]], 1) * (boxes.amax() + 1)
-    kept = chosen[nms(own + apart.repeat(1, 2), scores[chosen], candidates.iou)]
+    image = chosen // count
+    parts = [chosen] if len(chosen) <= PAIRED_AT_ONCE else chosen.split(torch.bincount(image).tolist())
+    apart = torch.stack([image, candidates.labels.flatten()[chosen]], 1) * (boxes.amax() + 1)
+    shifted = torch.zeros_like(boxes).index_copy_(0, chosen, boxes[chosen] + apart.repeat(1, 2))
+    kept = torch.cat([own[nms(shifted[own], scores[own], candidates.iou)] for own in parts])
     stay = torch.zeros_like(scores).index_copy_(0, kept, scores[kept]).view(-1, count)
     values, where = stay.topk(min(MOST_DETECTIONS, count))
     found = (values > 0).sum(1).tolist()

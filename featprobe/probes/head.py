@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.detections import Candidates, Detections, ObjectBatch, ObjectTarget
 
 
@@ -258,9 +259,10 @@ class BatchedObjectHead(ObjectHead):
         """The loss that `forward` gives for the same objects: a scalar."""
 
 
-def all_batched(heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
-    """The heads, where each of them has a `batch_loss`; else none of them."""
-    found = [head for head in heads if isinstance(head, BatchedObjectHead)]
+def all_batched(heads: Sequence[ObjectHead], device: torch.device) -> list[BatchedObjectHead]:
+    """The heads, where each of them has a `batch_loss` to train with on this device; else none of them."""
+    whole = execution.whole_batches(device)
+    found = [head for head in heads if isinstance(head, BatchedObjectHead) and (whole or not head.draws)]
     return found if len(found) == len(heads) else []
 
 

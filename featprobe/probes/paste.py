@@ -91,4 +91,4 @@ def _lerp(values: Tensor, at: Tensor) -> Tensor:
     low = at.floor().long()
     high = (low + 1).clamp(max=values.shape[1] - 1)
     own = torch.arange(len(values))[:, None]
-    return torch.lerp(values[own, low], values[own, high], (at - low)[:, :, None])
+    return torch.lerp(values[own, low], values[own, high], (at - low)[:, :, None].to(values.dtype))

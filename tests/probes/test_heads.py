@@ -31,6 +31,7 @@ from featprobe.probes import (
     ObjectHead,
     ObjectTarget,
     build_head,
+    detections,
     execution,
     fingerprint,
     load_head,
@@ -40,14 +41,17 @@ from featprobe.probes import (
     save_head,
 )
 from featprobe.probes.detections import (
+    Candidates,
     ObjectBatch,
     anchor_sizes,
     detection_strides,
+    found_at_once,
     object_sides,
     on_host,
     packed,
     sampled,
     side_ranges,
+    suppress,
     survivors,
     unpacked,
 )
@@ -605,6 +609,25 @@ def test_of_a_long_chain_of_boxes_only_those_that_are_settled_stay() -> None:
     every, some = (survivors(chain, real, 0.5, rounds)[0] for rounds in (None, 21))
     assert every.tolist() == [1, 0] * 50
     assert some[:20].tolist() == [1, 0] * 10 and not some[22:].any()
+
+
+@pytest.mark.parametrize("at_once", [10**6, 0])
+@pytest.mark.parametrize("floor", [0.3, 1.0], ids=["some", "nothing"])
+def test_detections_of_a_batch_are_those_of_its_images(
+    at_once: int, floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detections, "PAIRED_AT_ONCE", at_once)
+    rng = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(3, 400, 2, generator=rng)
+    boxes = torch.cat([corners, corners + 20 * torch.rand(3, 400, 2, generator=rng) - 1], 2)  # some without an area
+    labels = torch.randint(1, 4, (3, 400), generator=rng)
+    scores = torch.rand(3, 400, generator=rng) * torch.tensor([[1.0], [0.0], [1.0]])  # nothing in the second
+    found = found_at_once(Candidates(boxes, labels, scores, 0.4, floor))
+    for one, own, label, score in zip(found, boxes, labels, scores, strict=True):
+        kept = suppress(own, score, label, 0.4, floor)
+        assert torch.equal(one.boxes, own[kept]) and torch.equal(one.scores, score[kept])
+        assert torch.equal(one.labels, label[kept]) and one.masks is None
+    assert (len(found[0].boxes) > 20) == (floor < 1)
 
 
 @pytest.mark.parametrize("width", [1, 16, 21])

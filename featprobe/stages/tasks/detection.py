@@ -18,7 +18,7 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
-from featprobe.probes import ObjectHead, ObjectTarget, execution, object_sides, objects_at_original
+from featprobe.probes import ObjectHead, ObjectTarget, object_sides, objects_at_original
 from featprobe.probes.detections import ObjectBatch, on_host, packed
 from featprobe.probes.head import BatchedObjectHead, all_batched
 from featprobe.probes.train import Feed
@@ -54,7 +54,7 @@ class Detection:
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
         self._instances = shelf_of(cache).objects.setdefault(source, {})
-        self.targets = {row: self._target(row) for row in train.tolist()}
+        self.targets = {row: target_of(self.instances(row), cache.rows.placement(row)) for row in train.tolist()}
 
     @property
     def sides(self) -> tuple[float, ...]:
@@ -95,9 +95,7 @@ class Detection:
 
     def _batched(self, heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
         """The heads, where they take the objects of all images at once; else none of them."""
-        found = all_batched(heads)
-        apart = any(head.draws for head in found) and not execution.whole_batches(self.device)
-        return [] if apart or (self.masks and not self._masks_fit) else found
+        return [] if self.masks and not self._masks_fit else all_batched(heads, self.device)
 
     def start(self, heads: Sequence[ObjectHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
@@ -138,7 +136,8 @@ class Detection:
                     targets = [every[row] for row in rows.tolist()]
             if not self.masks:
                 return targets
-            masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in rows.tolist()]
+            places = [(row, self.instances(row), self.cache.rows.placement(row)) for row in rows.tolist()]
+            masks = [self._masks.of(row, partial(framed_masks, own, place)) for row, own, place in places]
             return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
 
         def loss(features: Features, batch: Batch) -> Tensor:
@@ -226,43 +225,45 @@ class Detection:
             values[name] = dict(zip(self.classes[1:], values[name], strict=True))
         return values
 
-    def _target(self, row: int) -> ObjectTarget:
-        """Boxes, labels and crowds of a row in frame pixels; its masks wait until they are needed."""
-        placement = self.cache.rows.placement(row)
-        own = [i for i in self.instances(row) if not i.crowd and _sized(i)]
-        crowds = [i for i in self.instances(row) if i.crowd]
-        labels = torch.tensor([i.category for i in own], dtype=torch.int64)
-        return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
-
     @cached_property
     def _all_targets(self) -> ObjectBatch:
         """The objects of all training rows, in order, on the device."""
         rows = sorted(self.targets)
         masks = None
         if self.masks:
-            masks = [packed(torch.from_numpy(self._framed_masks(row))).to(self.device) for row in rows]
+            every = (framed_masks(self.instances(row), self.cache.rows.placement(row)) for row in rows)
+            masks = [packed(torch.from_numpy(own)).to(self.device) for own in every]
         return ObjectBatch.of([self.targets[row] for row in rows], masks).to(self.device)
 
     @cached_property
     def _masks_fit(self) -> bool:
         """Whether the masks of all training rows fit on the device at once, a bit per pixel."""
-        sizes = {row: self.cache.rows.placement(row).frame for row in self.targets}
-        size = sum(len(t.labels) * sizes[row][0] * -(-sizes[row][1] // 8) for row, t in self.targets.items())
-        return size <= room_for_masks(self.device)
+        frames = ((len(t.labels), *self.cache.rows.placement(row).frame) for row, t in self.targets.items())
+        return sum(objects * height * -(-width // 8) for objects, height, width in frames) <= room_for_masks(
+            self.device
+        )
 
     @cached_property
     def _masks(self) -> "MaskStore":
         return MaskStore(self.device)
 
-    def _framed_masks(self, row: int) -> NDArray[np.uint8]:
-        """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
-        placement = self.cache.rows.placement(row)
-        rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
-        masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
-        for mask, rle in zip(masks, rles, strict=True):
-            covered, own = _mask_in_frame(rle, placement)
-            mask[covered] = own
-        return masks
+
+def target_of(instances: Sequence[Instance], placement: Placement) -> ObjectTarget:
+    """Boxes, labels and crowds of an image's objects in frame pixels; the masks wait until they are needed."""
+    own = [i for i in instances if not i.crowd and _sized(i)]
+    crowds = [i for i in instances if i.crowd]
+    labels = torch.tensor([i.category for i in own], dtype=torch.int64)
+    return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
+
+
+def framed_masks(instances: Sequence[Instance], placement: Placement) -> NDArray[np.uint8]:
+    """The masks of an image's objects, crowds left out: (objects, frame height, frame width), 0 or 1."""
+    rles = [i.rle for i in instances if not i.crowd and _sized(i)]
+    masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
+    for mask, rle in zip(masks, rles, strict=True):
+        covered, own = _mask_in_frame(rle, placement)
+        mask[covered] = own
+    return masks
 
 
 def room_for_masks(device: torch.device) -> float:
