@@ -28,13 +28,8 @@ from featprobe.datasets.images.reading import read_levels, write_levels
 from featprobe.errors import DataError, ProbeError
 from featprobe.image_labels import ImageLabels
 from featprobe.kinds import KINDS, HeadKind, TrainRecipe, kinds_of
-<<<<<<< HEAD
-from featprobe.probes import load_head
-=======
 from featprobe.probes import HeadRecipe, build_head, execution, load_head
 from featprobe.probes.detections import ObjectBatch
-from featprobe.processes import pick_device
->>>>>>> w-rcnn
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
