@@ -5,13 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
+from itertools import chain
 from typing import TypeVar
 
 from featprobe.machine import usable_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
-FEWEST, AT_ONCE = 4, 16  # items that are worth a thread; that it is given together
+FEWEST = 4  # items that are worth a thread
+SMALL_AT_ONCE, AT_ONCE = 16, 4  # most items that a thread is given together: small ones, and those of any size
+SHARES = 8  # parts for each thread, so that all end at about the same time
 
 
 @contextmanager
@@ -20,12 +23,8 @@ def in_threads(work: Callable[[T], R], items: Sequence[T], workers: int) -> Iter
 
     In each thread context variables have the values that they have here.
     """
-    here = copy_context()
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        yield pool.map(lambda item: here.copy().run(work, item), items)
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with _in_parts(work, items, max(1, workers), AT_ONCE) as parts:
+        yield chain.from_iterable(parts)
 
 
 def each(work: Callable[[T], R], items: Sequence[T], processes: int = 1) -> list[R]:
@@ -36,10 +35,23 @@ def each(work: Callable[[T], R], items: Sequence[T], processes: int = 1) -> list
     workers = usable_cores() // processes if len(items) >= FEWEST else 1
     if workers < 2:
         return [work(item) for item in items]
-    size = max(1, min(AT_ONCE, len(items) // workers))
-    parts = [items[start : start + size] for start in range(0, len(items), size)]
-    with in_threads(lambda part: [work(item) for item in part], parts, workers) as results:
-        return [result for part in results for result in part]
+    with _in_parts(work, items, workers, SMALL_AT_ONCE) as parts:
+        return list(chain.from_iterable(parts))
+
+
+@contextmanager
+def _in_parts(work: Callable[[T], R], items: Sequence[T], workers: int, most: int) -> Iterator[Iterator[list[R]]]:
+    """Results of a few items at a time, at most `most`: threads that meet less often hold each other up less."""
+    size = max(1, min(most, len(items) // (SHARES * workers)))
+    here, pool = copy_context(), ThreadPoolExecutor(workers)
+
+    def do(start: int) -> list[R]:
+        return [here.copy().run(work, items[i]) for i in range(start, min(start + size, len(items)))]
+
+    try:
+        yield pool.map(do, range(0, len(items), size))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def single_threaded(threads: int, name: str) -> ThreadPoolExecutor:

@@ -13,7 +13,6 @@ from featprobe.errors import ProbeError
 from featprobe.geometry import IDENTITY
 from featprobe.image_labels import UNKNOWN, ImageLabels, ImageTruth, LabelNames, Unit, encode, names_by
 from featprobe.io.threads import each
-from featprobe.processes import count
 from featprobe.specs import Rows
 from featprobe.targets import IGNORE, Instance, decode_rle, values_in
 
@@ -32,7 +31,7 @@ def mask_values(cache: Cache, of: Literal["images", "rows"], indices: Sequence[i
     known = _values.setdefault(cache.contents.file, {}).setdefault("images" if whole else "rows", {})
     read = cache.image_semantic if whole else cache.semantic
     lacking = [i for i in indices if i not in known]
-    found = each(lambda i: tuple(values_in(read(i))), lacking, count())
+    found = each(lambda i: tuple(values_in(read(i))), lacking)
     known.update(zip(lacking, found, strict=True))
     return [known[i] for i in indices]
 
