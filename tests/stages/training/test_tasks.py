@@ -30,7 +30,6 @@ from featprobe.image_labels import ImageLabels
 from featprobe.kinds import KINDS, HeadKind, TrainRecipe, kinds_of
 from featprobe.probes import HeadRecipe, build_head, execution, load_head
 from featprobe.probes.detections import ObjectBatch
-from featprobe.processes import pick_device
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
