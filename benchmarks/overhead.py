@@ -82,7 +82,7 @@ ARMS = (
     Arm("upsample, evaluation", "semseg", "upsample", 90, 90, count="batch"),
     Arm("upsample", "semseg", "upsample", 180, 260),
     Arm("FCOS", "detect", "fcos", 700, 700),
-    Arm("FCOS, evaluation", "detect", "fcos", 190, 240, count="batch"),
+    Arm("FCOS, evaluation", "detect", "fcos", 200, 250, count="batch"),
     Arm("Faster R-CNN", "detect", "fasterrcnn", 500, 540, batch=FEW),
     Arm("Faster R-CNN, evaluation", "detect", "fasterrcnn", 280, 290, count="batch"),
     Arm("Mask R-CNN", "instseg", "maskrcnn", 560, 600, batch=FEW),

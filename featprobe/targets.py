@@ -92,10 +92,10 @@ def encode_window(mask: NDArray[np.bool_], top: int, left: int, size: Size) -> d
     >>> encode_window(mask[2:9, 3:10], 2, 3, (9, 10)) == encode_rle(mask)
     True
     """
-    columns = np.zeros((mask.shape[1], size[0]), dtype=bool)
-    columns[:, top : top + mask.shape[0]] = mask.T
-    edges = left * size[0] + np.flatnonzero(np.diff(columns.ravel(), prepend=False, append=False))
-    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
+    inside = np.zeros(mask.shape[1] * size[0] + 2, dtype=bool)  # column by column, between two pixels that are none
+    inside[1:-1].reshape(mask.shape[1], size[0])[:, top : top + mask.shape[0]] = mask.T
+    edges = left * size[0] + np.flatnonzero(inside[1:] != inside[:-1])
+    counts = np.diff(np.concatenate([[0], edges, [size[0] * size[1]]])).tolist()
     counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts  # no run is empty but the first
     rle = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
     return {"size": [int(s) for s in size], "counts": rle["counts"].decode("ascii")}

@@ -14,6 +14,7 @@ from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
+BEST_FIRST = 1024  # candidates of an image; the others are compared only where too few of these stay
 PAIRED_AT_ONCE = 16384  # candidates of a batch; where there are more, each image's are compared by themselves
 ROUNDS_AT_ONCE = 8  # of suppression, before it is asked whether all boxes are settled
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
@@ -315,25 +316,36 @@ def survivors(boxes: Tensor, real: Tensor, iou: float, rounds: int | None) -> Te
 
 def found_at_once(candidates: Candidates) -> list[Detections]:
     """What `suppress` finds among each image's candidates, for all images together: with few stops of a device."""
-    boxes, count = candidates.boxes.flatten(0, 1), candidates.scores.shape[1]
-    scores = (candidates.scores * (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1)).flatten()
-    chosen = (scores > candidates.floor).nonzero()[:, 0]
-    image = chosen // count
+    real = (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1)
+    scores, count = candidates.scores * real, candidates.scores.shape[1]
+    for most in sorted({min(BEST_FIRST, count), count}):  # no box suppresses a better one: mostly the best are enough
+        best, place = scores.topk(most)
+        boxes = candidates.boxes.gather(1, place[:, :, None].expand(-1, -1, 4))
+        labels = candidates.labels.gather(1, place)
+        kept = best * _kept(boxes, labels, best, best > candidates.floor, candidates.iou)
+        values, where = kept.topk(min(MOST_DETECTIONS, most))
+        found, there = torch.stack([(values > 0).sum(1), (scores > candidates.floor).sum(1)]).tolist()
+        if all(own == MOST_DETECTIONS or number <= most for own, number in zip(found, there, strict=True)):
+            break
+    image = torch.arange(len(found), device=where.device)[:, None].expand_as(where)
+    parts = image, boxes.gather(1, where[:, :, None].expand(-1, -1, 4)), labels.gather(1, where), values
+    own = torch.cat([torch.arange(n, device=where.device) + i * where.shape[1] for i, n in enumerate(found)])
+    image, boxes, labels, values = (part.flatten(0, 1).index_select(0, own) for part in parts)
+    masks = [None] * len(found) if candidates.masks is None else candidates.masks(boxes, image, labels).split(found)
+    split = (boxes.split(found), labels.split(found), values.split(found), masks)
+    return [Detections(*each) for each in zip(*split, strict=True)]
+
+
+def _kept(boxes: Tensor, labels: Tensor, scores: Tensor, real: Tensor, iou: float) -> Tensor:
+    """Which boxes of each image stay in non-maximum suppression per class: (batch, boxes), 1 or 0. real: those that
+    are boxes at all."""
+    chosen = real.flatten().nonzero()[:, 0]
+    image, flat = chosen // real.shape[1], boxes.flatten(0, 1)
     parts = [chosen] if len(chosen) <= PAIRED_AT_ONCE else chosen.split(torch.bincount(image).tolist())
-    apart = torch.stack([image, candidates.labels.flatten()[chosen]], 1) * (boxes.amax() + 1)
-    shifted = torch.zeros_like(boxes).index_copy_(0, chosen, boxes[chosen] + apart.repeat(1, 2))
-    kept = torch.cat([own[nms(shifted[own], scores[own], candidates.iou)] for own in parts])
-    stay = torch.zeros_like(scores).index_copy_(0, kept, scores[kept]).view(-1, count)
-    values, where = stay.topk(min(MOST_DETECTIONS, count))
-    found = (values > 0).sum(1).tolist()
-    image = torch.arange(len(found), device=boxes.device)[:, None].expand_as(where)
-    there = torch.cat([torch.arange(n, device=boxes.device) + i * where.shape[1] for i, n in enumerate(found)])
-    image, where, values = (v.flatten().index_select(0, there) for v in (image, where, values))
-    place = image * count + where
-    own, labels = boxes.index_select(0, place), candidates.labels.flatten().index_select(0, place)
-    masks = [None] * len(found) if candidates.masks is None else candidates.masks(own, image, labels).split(found)
-    parts = zip(own.split(found), labels.split(found), values.split(found), masks, strict=True)
-    return [Detections(*part) for part in parts]
+    apart = torch.stack([image, labels.flatten()[chosen]], 1) * (flat.amax() + 1)
+    shifted = flat.index_copy(0, chosen, flat[chosen] + apart.repeat(1, 2))
+    kept = torch.cat([own[nms(shifted[own], scores.flatten()[own], iou)] for own in parts])
+    return torch.zeros_like(scores).flatten().index_fill_(0, kept, 1.0).view_as(scores)
 
 
 def packed(masks: Tensor) -> Tensor:

@@ -612,11 +612,13 @@ def test_of_a_long_chain_of_boxes_only_those_that_are_settled_stay() -> None:
 
 
 @pytest.mark.parametrize("at_once", [10**6, 0])
+@pytest.mark.parametrize("first", [1000, 250, 20])
 @pytest.mark.parametrize("floor", [0.3, 1.0], ids=["some", "nothing"])
 def test_detections_of_a_batch_are_those_of_its_images(
-    at_once: int, floor: float, monkeypatch: pytest.MonkeyPatch
+    at_once: int, first: int, floor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(detections, "PAIRED_AT_ONCE", at_once)
+    monkeypatch.setattr(detections, "BEST_FIRST", first)
     rng = torch.Generator().manual_seed(0)
     corners = 60 * torch.rand(3, 400, 2, generator=rng)
     boxes = torch.cat([corners, corners + 20 * torch.rand(3, 400, 2, generator=rng) - 1], 2)  # some without an area
