@@ -9,9 +9,11 @@ every device reads the same fp16, whether it multiplies and adds in one step or 
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 SCALES = "scales/"
 """Prefix of a level's name for its scales and zeros, in the tables of a cache and in the buffers of a reader."""
@@ -23,6 +25,7 @@ TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16
 """torch's number format of a table of features or scales, by its name in the file."""
 CODES = 255  # steps from a channel's smallest value to its largest
 BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
+MOST_VIEWS = 64  # shapes of blocks whose memory a thread keeps ready
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
 _FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero
 
@@ -71,7 +74,8 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor | None =
     """
     out = torch.empty(codes.shape, dtype=torch.float16, device=codes.device) if out is None else out
     if codes.device.type == "cpu":
-        _decode_in_blocks(codes, scales, out)
+        if codes.numel():
+            decode_parts([codes.numpy()], scales, out)
     else:
         _decode_at_once(codes, scales, out)
     return out
@@ -93,41 +97,48 @@ class _Scratch(threading.local):
     def __init__(self) -> None:
         self.wide = torch.empty(0, dtype=torch.int16)
         self.mean, self.variance, self.unused = torch.zeros(0), torch.ones(0), torch.empty(0)
+        self.views: dict[tuple[int, int], tuple[NDArray[np.int16], torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, channels: int, cells: int) -> tuple[NDArray[np.int16], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(channels, cells), int16, of any values; the same as fp16, (1, channels, cells); (channels,) zeros; ones."""
+        found = self.views.get((channels, cells))
+        return self._made(channels, cells) if found is None else found
 
     @torch.inference_mode(False)
-    def of(self, channels: int, cells: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(1, channels, cells), int16, of any values; (channels,) zeros; (channels,) ones."""
-        if self.wide.numel() < channels * cells:
-            self.wide = torch.empty(channels * cells, dtype=torch.int16)
-        if len(self.mean) < channels:
-            self.mean, self.variance = torch.zeros(channels), torch.ones(channels)
-        return self.wide[: channels * cells].view(1, channels, cells), self.mean[:channels], self.variance[:channels]
+    def _made(self, channels: int, cells: int) -> tuple[NDArray[np.int16], torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.wide.numel() < channels * cells or len(self.mean) < channels or len(self.views) >= MOST_VIEWS:
+            self.wide = torch.empty(max(channels * cells, self.wide.numel()), dtype=torch.int16)
+            longest = max(channels, len(self.mean))
+            self.mean, self.variance, self.views = torch.zeros(longest), torch.ones(longest), {}
+        wide = self.wide[: channels * cells].view(channels, cells)
+        found = wide.numpy(), wide.view(1, channels, cells).view(torch.float16)
+        return self.views.setdefault((channels, cells), (*found, self.mean[:channels], self.variance[:channels]))
 
 
 _scratch = _Scratch()
 
 
-def _decode_in_blocks(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Pieces that fit a CPU's caches.
+def decode_parts(parts: Iterable[NDArray[np.uint8]], scales: torch.Tensor, out: torch.Tensor) -> None:
+    """decode() of codes that come in parts, on a CPU, in blocks that fit its caches.
+
+    parts: codes of one or more rows each, in any shape, until all rows of scales are there; the memory of a part may be
+    used again when the next is asked for. scales, out: see decode; not empty.
 
     A code widened to 16 bits is the bits of an fp16 number: code / TINY. Batch norm with mean 0 and variance 1 is the
-    torch operation that applies a float32 factor and summand per channel to fp16 values in one pass.
+    torch operation that applies a float32 factor and summand per channel to fp16 values in one pass. What is done for
+    each block is little: reading empties a core's caches of the program too, and each small step takes microseconds.
     """
-    if not codes.numel():
-        return
-    channels = scales.shape[0] * scales.shape[1]
-    source, target = codes.view(1, channels, -1), out.view(1, channels, -1)
-    factor, summand = (scales.view(channels, 2) * _FACTORS).t().contiguous()
-    cells = source.shape[2]
-    step = min(channels, max(1, BLOCK * torch.get_num_threads() // cells))
-    wide, mean, variance = _scratch.of(step, cells)
-    half, unused = wide.view(torch.float16), _scratch.unused
-    parts = (source.split(step, 1), target.split(step, 1), factor.split(step), summand.split(step))
-    for few, values, own_factor, own_summand in zip(*parts, strict=True):
-        if len(own_factor) < step:  # the last ones
-            wide, mean, variance = _scratch.of(len(own_factor), cells)
-            half = wide.view(torch.float16)
-        wide.copy_(few)
-        torch.native_batch_norm(
-            half, own_factor, own_summand, mean, variance, False, 0.0, 0.0, out=(values, unused, unused)
-        )
+    rows, channels = scales.shape[:2]
+    values = out.view(1, rows * channels, -1)
+    cells = values.shape[2]
+    step = max(1, BLOCK * torch.get_num_threads() // cells)
+    factors, summands = (scales.view(-1, 2) * _FACTORS).t().contiguous()
+    unused, at = _scratch.unused, 0
+    for part in parts:
+        codes = part.reshape(-1, cells)
+        here = slice(at, at := at + len(codes))
+        blocks = values[:, here].split(step, 1), factors[here].split(step), summands[here].split(step)
+        for start, block, factor, summand in zip(range(0, len(codes), step), *blocks, strict=True):
+            bits, half, mean, variance = _scratch.of(len(factor), cells)
+            np.copyto(bits, codes[start : start + step])
+            torch.native_batch_norm(half, factor, summand, mean, variance, False, 0.0, 0.0, out=(block, unused, unused))

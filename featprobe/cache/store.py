@@ -275,13 +275,17 @@ class Cache:
         stored: arrays (rows, …), one per table of `level_tables`, in that order. Any thread may call this. Raises
         CacheError for a damaged row, CacheIncompleteError for a missing one.
         """
-        column = self._columns[level.name]
-        if self._hashed[rows, column].all():
+        if self.checked(rows, level):
             return
+        column = self._columns[level.name]
         for row, *parts in zip(rows.tolist(), *stored, strict=True):
             if not self._hashed[row, column]:
                 _compare(self, row, column, checksum(parts))
                 self._hashed[row, column] = True
+
+    def checked(self, rows: NDArray[np.intp], level: FeatureLevel) -> bool:
+        """Whether this process has checked all of these rows of a level."""
+        return bool(self._hashed[rows, self._columns[level.name]].all())
 
     @cached_property
     def _hashed(self) -> NDArray[np.bool_]:
