@@ -142,8 +142,13 @@ def regions_of(shown: NDArray[np.uint8] | NDArray[np.bool_]) -> Regions:
     ([1, 1, 2], [2, 1, 2], [[2, 0, 4, 1], [3, 2, 4, 3], [0, 0, 2, 2]])
     """
     height, width = shown.shape
+    return regions_of_runs((height, width), *runs_of(shown))
+
+
+def regions_of_runs(size: tuple[int, int], runs: Runs, value: NDArray[np.uint8]) -> Regions:
+    """The regions of an image of `size` by its runs, and the value of each run."""
+    height, width = size
     apart = width + 1  # rows meet nowhere
-    runs, value = runs_of(shown)
     order = np.argsort(value, kind="stable")
     page = value[order].astype(np.intp) * (height + 1) * apart  # values are connected each for itself
     start, stop = (own[order] + page for own in runs.within(apart))
@@ -151,7 +156,7 @@ def regions_of(shown: NDArray[np.uint8] | NDArray[np.bool_]) -> Regions:
     region, of_value = np.empty_like(found), np.zeros(count, np.uint8)
     region[order] = found
     of_value[region] = value
-    return Regions((height, width), of_value, runs, region)
+    return Regions(size, of_value, runs, region)
 
 
 def _connected(start: Places, stop: Places, apart: int) -> tuple[Places, int]:

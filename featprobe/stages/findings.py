@@ -152,7 +152,7 @@ class Judged:
 def surest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest probability of a class but the background at each pixel, float32, and that class, uint8.
 
-    logits: (classes, height, width), the background first; of equal ones the lowest class is taken.
+    logits: (classes, ..., height, width), the background first; of equal ones the lowest class is taken.
     """
     best, classes = _foreground(logits)
     return _share_of(best, logits), classes

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.metrics.defects.records import Floats
-from featprobe.regions import Places, Regions, regions_of
+from featprobe.regions import Places, Regions, Runs, regions_of, regions_of_runs, runs_of
 from featprobe.targets import Labels
 
 
@@ -66,8 +66,7 @@ def calls_of_map(values: Floats, base: float, classes: Labels | None = None) -> 
     >>> found.score.tolist(), found.area.tolist(), found.boxes.tolist()
     ([0.8999999761581421], [3], [[0.0, 0.0, 3.0, 2.0]])
     """
-    above = values >= np.float32(base)
-    regions = regions_of(above if classes is None else classes * above)
+    regions = regions_of(_shown(values, base, classes))
     return MapCalls(regions, _category(regions, classes), regions.highest(values))
 
 
@@ -79,10 +78,9 @@ def calls_at_bases(values: Floats, bases: Sequence[float], classes: Labels | Non
     ([0.8999999761581421, 0.5, 0.8999999761581421], [5, 2, 2], [0, 1, 1])
     """
     height, width = values.shape
-    shown = np.zeros((len(bases), height + 1, width), np.uint8)
-    for layer, base in zip(shown, bases, strict=True):
-        np.multiply(values >= np.float32(base), np.uint8(1) if classes is None else classes, out=layer[:-1])
-    regions = regions_of(shown.reshape(-1, width))
+    runs, value = zip(*(runs_of(_shown(values, base, classes)) for base in bases), strict=True)
+    joined = Runs.joined([own.moved(k * (height + 1), 0) for k, own in enumerate(runs)])
+    regions = regions_of_runs((len(bases) * (height + 1), width), joined, np.concatenate(value))
     found = MapCalls(regions, _category(regions, classes), np.zeros(len(regions), np.float32), len(bases))
     layer, apart = found.layer, (height + 1) * width
     lower = regions.at(regions.first - apart)  # the call at the next lower base that holds each
@@ -93,6 +91,12 @@ def calls_at_bases(values: Floats, bases: Sequence[float], classes: Labels | Non
         own = layer == k
         np.maximum.at(score, lower[own], score[own])
     return replace(found, score=score)
+
+
+def _shown(values: Floats, base: float, classes: Labels | None) -> Labels | NDArray[np.bool_]:
+    """The class of each pixel that reaches the base, else 0."""
+    above = values >= np.float32(base)
+    return above if classes is None else classes * above
 
 
 def _category(regions: Regions, classes: Labels | None) -> NDArray[np.uint8]:

@@ -173,7 +173,7 @@ class Segmentation:
             classes = []
             for k, own in enumerate(whole_logits(pieces, stride, self.cache.images.placement(image).original)):
                 classes.append(best_classes(own))
-                _show(watch, k, image, own)
+                _show(watch, k, [image], own[None, None])
             yield image, classes
 
     def evaluate(self, heads: Sequence[DenseHead], feed: Feed, rows: Rows, watch: Watch | None = None) -> list[Outcome]:
@@ -376,13 +376,17 @@ def _count(
         own = slice(i, i + at_once), slice(k, k + beside)
         found = logits_at_original(logits[own], heads[0].stride, placement)  # (images, heads, classes, height, width)
         count_pairs(truth[own[0]], found.argmax(2), index, out[own[0], :, own[1]])
-        for row, every in zip(rows[own[0]], found, strict=True) if watch is not None else ():
-            for head, of_head in enumerate(every, start=k):
-                _show(watch, head, row, of_head)
+        _show(watch, k, rows[own[0]], found)
 
 
-def _show(watch: Watch | None, head: int, image: int, logits: Tensor) -> None:
-    """Let a watch see what a head says of an image. logits: (classes, height, width), at the original's pixels."""
-    if watch is not None:
-        values, classes = surest(logits)
-        watch.pixels(head, image, values.cpu().numpy(), classes.cpu().numpy())
+def _show(watch: Watch | None, first: int, images: Sequence[int], logits: Tensor) -> None:
+    """Let a watch see what heads, from a first one on, say of images of one size.
+
+    logits: (images, heads, classes, height, width), at the originals' pixels.
+    """
+    if watch is None:
+        return
+    shown = [[found.cpu().numpy() for found in surest(own.transpose(0, 1))] for own in logits.unbind(1)]
+    for i, image in enumerate(images):
+        for head, (values, classes) in enumerate(shown, start=first):
+            watch.pixels(head, image, values[i], classes[i])

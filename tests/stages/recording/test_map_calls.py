@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from featprobe.stages.recording.map_calls import MapCalls, calls_of_map
+from featprobe.stages.recording.map_calls import MapCalls, calls_at_bases, calls_of_map
 
 Pixels = frozenset[tuple[int, int]]
 
@@ -60,6 +60,25 @@ def test_raising_the_threshold_drops_whole_calls(values: NDArray[np.float32], th
     found = calls_of_map(values, 0.25)
     reached = {int(label) for label in found.labels[values >= np.float32(max(threshold, 0.25))]}
     assert {i + 1 for i in range(len(found)) if found.score[i] >= np.float32(max(threshold, 0.25))} == reached
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    arrays(np.float32, (6, 7), elements=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, float("nan")])),
+    arrays(np.uint8, (6, 7), elements=st.sampled_from([1, 1, 4])),
+    st.lists(st.sampled_from([0.1, 0.2, 0.25, 0.5, 0.7, 0.9]), min_size=1, max_size=6).map(sorted),
+    st.booleans(),
+)
+def test_calls_at_several_bases_are_those_at_each(
+    values: NDArray[np.float32], classes: NDArray[np.uint8], bases: list[float], known: bool
+) -> None:
+    every = calls_at_bases(values, bases, classes if known else None)
+    assert every.layers == len(bases) and every.rows == 7
+    for k, base in enumerate(bases):
+        one, own = calls_of_map(values, base, classes if known else None), every.layer == k
+        assert every.score[own].tolist() == one.score.tolist() and every.area[own].tolist() == one.area.tolist()
+        assert every.category[own].tolist() == one.category.tolist()
+        assert (every.boxes[own] - np.float32([0, 7 * k, 0, 7 * k])).tolist() == one.boxes.tolist()
 
 
 @pytest.mark.parametrize("values", [np.zeros((4, 5), np.float32), np.full((4, 5), np.nan, np.float32)])

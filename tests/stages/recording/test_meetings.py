@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featprobe.metrics.defects.overlaps import AREA_SHARE, USUAL_IOU, Overlaps, finds, touched
 from featprobe.metrics.defects.records import IGNORED, NOTHING, TOUCHES, FoundRule
-from featprobe.stages.recording.map_calls import calls_of_map
+from featprobe.stages.recording.map_calls import calls_at_bases, calls_of_map
 from featprobe.stages.recording.meetings import Ground, Shape, overlaps_of_map, overlaps_of_objects
 from featprobe.targets import Instance, components, encode_rle
 
@@ -115,6 +115,30 @@ def test_components_of_a_map_meet_defects_as_every_pixel_says(
     found = calls_of_map((classes > 0).astype(np.float32), 0.5, np.maximum(classes, 1))
     calls = [masked(found.labels == k, int(c)) for k, c in enumerate(found.category, start=1)]
     check(overlaps_of_map(found, Ground.of(defects, ignored)), calls, defects, ignored)
+
+
+@settings(deadline=None, max_examples=80)
+@seed(13)
+@given(
+    arrays(np.float32, SIZE, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+    st.lists(OBJECTS, max_size=3),
+    st.lists(OBJECTS, max_size=2),
+    st.lists(st.sampled_from([0.25, 0.5, 0.75]), min_size=1, max_size=3).map(sorted),
+)
+def test_each_base_of_a_map_meets_the_defects_for_itself(
+    values: NDArray[np.float32], defects: list[Instance], ignored: list[Instance], bases: list[float]
+) -> None:
+    calls, ground = calls_at_bases(values, bases), Ground.of(defects, ignored)
+    every = overlaps_of_map(calls, ground)
+    assert every.defect_class.tolist() == [one.category for one in defects] * len(bases)
+    for k, base in enumerate(bases):
+        alone, own = overlaps_of_map(calls_of_map(values, base), ground), np.flatnonzero(calls.layer == k)
+        for rule in (FoundRule(), FoundRule(0.3)):
+            pairs = finds(every, rule)
+            pairs = pairs[np.isin(pairs[:, 0], own)]
+            here = [[int(np.flatnonzero(own == call)[0]), int(i) - k * len(defects)] for call, i in pairs]
+            assert sorted(here) == finds(alone, rule).tolist()
+        assert touched(every)[own].tolist() == touched(alone).tolist()
 
 
 def test_the_center_of_a_mask_lies_in_it_where_its_centroid_does_not() -> None:
