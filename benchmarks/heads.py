@@ -2,11 +2,15 @@
 
     git worktree add ../before <commit>
     python benchmarks/heads.py --before ../before
+    python benchmarks/heads.py --floor
 
 Both versions run in processes of their own and take steps in turn: fp16 features of one batch that lies in memory,
 256x256 pixels, levels as the `embedded` backbone and as ConvNeXt-T have them; forward, loss, back, AdamW. Before the
 clock starts both must have the same loss and gradients from the same weights. What is timed is processor time: the
 machine's other work then weighs little.
+
+`--floor` counts the floating-point operations of a step of this version, and sets its time beside the time that they
+take at the speed of this machine's best product of matrices.
 """
 
 import argparse
@@ -17,12 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from _bench import interleave, positive, quartile_text, report
+from _bench import interleave, positive, print_table, quartile_text, report
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from featprobe.features import Features, cell_shares
 from featprobe.levels import FeatureLevel
@@ -76,6 +83,88 @@ def work(side: int) -> None:
         print(json.dumps(time.process_time() - begun), flush=True)
 
 
+class Work(TorchDispatchMode):
+    """Counts and times what is computed inside.
+
+    flops: of convolutions and products, by direction. seconds: of processor time, in these and in all else.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = dict.fromkeys(("forward", "to weights", "to inputs", "other products back"), 0.0)
+        self.seconds = {"products": 0.0, "else": 0.0}
+        self.direction = "forward"
+
+    def __torch_dispatch__(self, function: Any, _: Any, given: Any = (), named: Any = None) -> Any:
+        begun = time.process_time()
+        found = function(*given, **(named or {}))
+        taken = time.process_time() - begun
+        flops = self._count(function.overloadpacket.__name__, given, found)
+        self.seconds["products" if flops else "else"] += taken
+        return found
+
+    def _count(self, name: str, given: Any, found: Any) -> float:
+        """Add the floating-point operations of an operator to those counted, and return them; 0 for all others."""
+        if name in ("mm", "addmm", "bmm", "baddbmm"):
+            flops = 2.0 * found.numel() * given[-2].shape[-1]
+            self.flops[self.direction] += flops
+            return flops
+        if name == "convolution":
+            return self._convolved(given[0], given[1], found, transposed=given[6], ways=("forward",))
+        if name == "convolution_backward":
+            ways = [way for way, own in zip(("to inputs", "to weights"), given[-1], strict=False) if own]
+            return self._convolved(given[1], given[2], given[0], transposed=given[7], ways=ways)
+        return 0.0
+
+    def _convolved(self, x: Tensor, weight: Tensor, out: Tensor, *, transposed: bool, ways: Sequence[str]) -> float:
+        flops = 2.0 * (x if transposed else out).numel() * weight[0].numel()
+        for way in ways:
+            self.flops[way] += flops
+        return flops * len(ways)
+
+
+def fastest_product() -> float:
+    """Floating-point operations per second of processor time, the most of a few products."""
+    best = 0.0
+    for rows, inner, columns in ((4096, 1152, 128), (4096, 576, 128), (2048, 2048, 2048)):
+        a, b = torch.randn(rows, inner), torch.randn(inner, columns)
+        for _ in range(5):
+            begun = time.process_time()
+            torch.mm(a, b)
+            best = max(best, 2 * rows * inner * columns / (time.process_time() - begun))
+    return best
+
+
+def floor(side: int, rounds: int) -> None:
+    """Print what a step of each head computes on whole frames, and how long that takes at the best speed."""
+    torch.set_num_threads(1)
+    rows, shares = [], {}
+    for case in [", ".join(case) for case in CASES if case[2] == "whole"]:
+        head, loss_of = make(*case.split(", "), side)
+        optimizer = torch.optim.AdamW(head.parameters(), 1e-4, fused=True)
+        steps, peak = [], 0.0
+        for _ in range(rounds + 1):
+            peak = max(peak, fastest_product())
+            optimizer.zero_grad()
+            with Work() as work:
+                loss = loss_of()
+                work.direction = "other products back"
+                loss.backward()
+                optimizer.step()
+            steps.append(work)
+        flops = steps[-1].flops
+        products, rest = (float(np.median([s.seconds[n] for s in steps[1:]])) for n in ("products", "else"))
+        least = sum(flops.values()) / peak
+        shares[case] = least / (products + rest)
+        rows.append({
+            "a step": case, **{f"{way} GFLOP": f"{value / 1e9:.1f}" for way, value in flops.items()},
+            "peak GFLOP/s": f"{peak / 1e9:.0f}", "at peak ms": f"{least * 1e3:.0f}",
+            "in products ms": f"{products * 1e3:.0f}", "all else ms": f"{rest * 1e3:.0f}",
+        })  # fmt: skip
+    print_table(rows)
+    print(json.dumps({"name": "heads_floor", **{case: float(f"{v:.3g}") for case, v in shares.items()}}))
+
+
 class Version:
     """A checkout of this project, at work in a process of its own."""
 
@@ -120,10 +209,14 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout of the earlier version")
     parser.add_argument("--rounds", type=positive, default=9)
     parser.add_argument("--size", type=positive, default=256, help="of the square images, pixels")
+    parser.add_argument("--floor", action="store_true", help="print what a step computes, and the time of that alone")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         work(options.size)
+        return
+    if options.floor:
+        floor(options.size, options.rounds)
         return
     if options.before is None or not (options.before / "featprobe").is_dir():
         parser.error("--before must name a checkout of an earlier version:  git worktree add ../before <commit>")
