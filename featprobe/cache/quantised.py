@@ -24,7 +24,7 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
 TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
 """torch's number format of a table of features or scales, by its name in the file."""
 CODES = 255  # steps from a channel's smallest value to its largest
-BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
+BLOCK = 1 << 17  # values, for each thread, that are decoded at once: what a core's own cache holds
 MOST_VIEWS = 64  # shapes of blocks whose memory a thread keeps ready
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
 _FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero
@@ -105,9 +105,7 @@ class _Scratch(threading.local):
         return self._made(channels, cells) if found is None else found
 
     @torch.inference_mode(False)
-    def _made(
-        self, channels: int, cells: int
-    ) -> tuple[NDArray[np.int16], torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _made(self, channels: int, cells: int) -> tuple[NDArray[np.int16], torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.wide.numel() < channels * cells or len(self.mean) < channels or len(self.views) >= MOST_VIEWS:
             self.wide = torch.empty(max(channels * cells, self.wide.numel()), dtype=torch.int16)
             longest = max(channels, len(self.mean))

@@ -159,7 +159,9 @@ class RowReader:
         target = torch.from_numpy(out[0]).view(torch.float16).view(-1, *codes.shape)
         self._read[scales.key](rows, numbers)
         decode_parts(
-            self._codes(level, rows, numbers), torch.from_numpy(numbers).view(torch.float32).view(-1, *scales.shape), target
+            self._codes(level, rows, numbers),
+            torch.from_numpy(numbers).view(torch.float32).view(-1, *scales.shape),
+            target,
         )
 
     def _codes(
