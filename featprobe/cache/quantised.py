@@ -24,7 +24,7 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
 TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
 """torch's number format of a table of features or scales, by its name in the file."""
 CODES = 255  # steps from a channel's smallest value to its largest
-BLOCK = 1 << 18  # values, for each thread, that are decoded at once: what a core's own cache holds
+BLOCK = 1 << 17  # values, for each thread, that are decoded at once: what a core's own cache holds
 MOST_VIEWS = 64  # shapes of blocks whose memory a thread keeps ready
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
 _FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,16 @@ def test_memory_that_is_kept_for_decoding_serves_in_and_out_of_inference_mode(mo
         fresh.submit(decode_growing).result()
 
 
+def test_blocks_of_more_shapes_than_a_thread_keeps_ready_are_decoded_too(monkeypatch):
+    monkeypatch.setattr("featprobe.cache.quantised.MOST_VIEWS", 2)
+    random = torch.Generator().manual_seed(0)
+    for side in (3, 5, 2, 7, 3):
+        codes, scales = quantise(torch.randn(2, 4, side, side, generator=random))
+        wanted = torch.empty(codes.shape, dtype=torch.float16)
+        _decode_at_once(codes, scales, wanted)
+        assert torch.equal(decode(codes, scales), wanted)
+
+
 def test_scales_have_16_significant_bits_so_that_a_device_may_fuse_or_not():
     random = torch.Generator().manual_seed(0)
     _, scales = quantise(torch.randn(8, 64, 4, 4, generator=random) * 100)
@@ -218,9 +229,33 @@ def test_threads_that_decode_leave_the_threads_of_all_others_as_they_are(cache):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_large_rows_are_decoded_from_the_file_s_own_memory_once_they_are_checked(cache, monkeypatch, verify):
+    monkeypatch.setattr(reader_module, "SCRATCH", 1)  # every row is large
+    wanted, copied = expected(cache.recipe, 40), Counter()
+    orders = [np.array([4, 9, 4]), np.array([9, 30]), np.array([30, 4, 9])]
+    with FeatureLoader(cache, mode="memmap", verify=verify) as loader:
+        for level in cache.levels:
+            read = loader.reader._read[level.name]
+            monkeypatch.setitem(
+                loader.reader._read,
+                level.name,
+                lambda rows, out, read=read: copied.update(rows.tolist()) or read(rows, out),
+            )
+        for rows, features in loader.batches(orders):
+            for name, m in features.maps.items():
+                np.testing.assert_array_equal(m.numpy(), wanted[name][rows])
+    assert set(copied) == ({4, 9, 30} if verify else set()) and set(copied.values()) <= {
+        len(cache.levels),
+        2 * len(cache.levels),
+    }
+
+
+@pytest.mark.parametrize("scratch", [1, 1 << 18])
 @pytest.mark.parametrize("table", ["features/stride8", "scales/stride8"])
 @pytest.mark.parametrize("staged", [False, True])
-def test_codes_and_scales_are_under_one_checksum(cache, table, staged):
+def test_codes_and_scales_are_under_one_checksum(cache, monkeypatch, table, staged, scratch):
+    monkeypatch.setattr(reader_module, "SCRATCH", scratch)
     extent = cache.contents.extents[table]
     with cache.path.open("r+b") as stream:
         stream.seek(extent.offset + 7 * extent.row_bytes)
