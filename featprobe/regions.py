@@ -169,7 +169,8 @@ def _connected(start: Places, stop: Places, apart: int) -> tuple[Places, int]:
     first, last = np.searchsorted(stop, start + apart), np.searchsorted(start, stop + apart, "right")
     run, below = _ranges(first, last)  # those that touch in the next row
     ends = np.searchsorted(run, np.arange(len(start) + 1))
-    graph = csr_array((np.ones(len(below)), below, ends), (len(start), len(start)))
+    links = below.astype(np.int32), ends.astype(np.int32)  # as `csgraph` wants them
+    graph = csr_array((np.ones(len(below)), *links), (len(start), len(start)))
     count, found = connected_components(graph, directed=False)
     place = np.empty(count, np.intp)
     place[np.argsort(_least(found, np.arange(len(start)), count))] = np.arange(count)
