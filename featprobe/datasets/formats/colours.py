@@ -150,7 +150,7 @@ def _colours_in(paths: Sequence[Path], root: Path) -> dict[int, str]:
 
     def look(path: Path) -> list[int]:
         with suppress(DataError):
-            return np.unique(runs_of(read_codes(path))[0]).tolist()  # type: ignore[no-any-return]
+            return np.unique(runs_of(read_codes(path))[0]).tolist()
         return []
 
     with in_threads(look, paths, usable_cores()) as results:
