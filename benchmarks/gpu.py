@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +134,13 @@ class Bench:
         """Print a figure that has no target: a limit."""
         print(f"[{time.perf_counter() - self.begun:6.1f} s]   {what}: {figure:.1f} {unit}", flush=True)
 
-    @contextmanager
-    def part(self, *names: str, need: float = 10.0) -> Iterator[None]:
-        """A part of the run; a failure ends it alone, and its lines count as 0."""
+    def part(self, measure: Callable[[], None], *names: str, need: float = 10.0) -> None:
+        """Measure the lines of these names; a failure, or too little time, ends them alone, and they count as 0."""
         before = len(self.lines)
         try:
             if self.left() < need and not self.small:
                 raise TimeoutError(f"{self.left():.0f} s are left, and it needs {need:.0f}")
-            yield
+            measure()
         except Exception as error:
             text = "".join(traceback.format_exception(error)) if not isinstance(error, TimeoutError) else str(error)
             print(f"{', '.join(names)}: not measured\n{text}", flush=True)
@@ -357,6 +357,19 @@ def copy_rate(bench: Bench, row_bytes: int) -> float:
     return bench.rate(call, 8 * 16, 5)
 
 
+@dataclass
+class Limits:
+    """Images per second of what an extraction can't exceed."""
+
+    forward: float
+    one_core: float
+
+    @property
+    def decoding(self) -> float:
+        """Of all cores."""
+        return self.one_core * usable_cores()
+
+
 def measure(bench: Bench) -> None:
     """Every line, in an order that leaves the costly ones for the end."""
     (bench.data / "images").mkdir(parents=True)
@@ -364,72 +377,123 @@ def measure(bench: Bench) -> None:
     jobs = [(bench.data, number, bench.side) for number in range(bench.count)]
     with ProcessPoolExecutor(usable_cores()) as pool:
         list(pool.map(picture, jobs, chunksize=8))
-    precision = resolve("auto", bench.device)
-    backbone = bench.network()
-    cores = usable_cores()
-    forward = bare_forward(bench, backbone, precision)
-    bench.note(f"bare forward, {precision}, batch 16", forward, "images/s")
-    one = one_core_decoding(bench)
-    bench.note("Pillow on one core", one, "images/s")
-    memory = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir())
-    training: Trainings | None = None
-    half = bench.count // 2
-    for where, work in ((bench.root, "extract, disk"), (memory, "extract, tmpfs")):
-        with bench.part(work):
-            folder = where / f"gpu-benchmark-{os.getpid()}"
-            try:
-                done, rate = extraction(bench, backbone, folder, bench.count if where == bench.root else half)
-                row_bytes = done.bytes_written / done.computed
-                written = disk_rate(folder, 64 if bench.small else 2048) / row_bytes
-                bench.note(f"plain writes, {work.split()[1]}", written, "images/s")
-                bench.line(work, rate, "images/s", 0.9, min(forward, one * cores, written))
-                if where == bench.root:
-                    training = Trainings(bench, folder)
-            finally:
-                if where != bench.root:
-                    shutil.rmtree(folder, ignore_errors=True)
-    with bench.part("decoding to the device"):
-        bench.line("decoding to the device", decoding(bench), "images/s", 0.7, one * cores)
-    if training is None:
+    precision, backbone = resolve("auto", bench.device), bench.network()
+    limits = Limits(bare_forward(bench, backbone, precision), one_core_decoding(bench))
+    bench.note(f"bare forward, {precision}, batch 16", limits.forward, "images/s")
+    bench.note("Pillow on one core", limits.one_core, "images/s")
+    folder = bench.root / "workspace"
+    bench.part(lambda: extract_line(bench, backbone, folder, "extract, disk", limits), "extract, disk")
+    memory = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()) / f"gpu-benchmark-{os.getpid()}"
+    try:
+        bench.part(lambda: extract_line(bench, backbone, memory, "extract, tmpfs", limits), "extract, tmpfs")
+    finally:
+        shutil.rmtree(memory, ignore_errors=True)
+    bench.part(lambda: decoding_line(bench, limits), "decoding to the device")
+    training = Trainings(bench, folder)
+    if not list(training.workspace.cache_files()):
         raise RuntimeError("no cache could be made, so that nothing else could be measured")
-    path = next(iter(training.workspace.cache_files()))
-
-    with bench.part("linear probe, resident", "linear probe, of the bare forward"):
-        rate = training.rate("semseg", 200, 1200, head="linear")
-        bench.line("linear probe, resident", rate, "samples/s", 5000)
-        bench.line("linear probe, of the bare forward", rate, "samples/s", 3, forward)
-    with bench.part("linear probe, level loss"):
-        rate = training.rate("semseg", 200, 1200, head="linear", loop={"loss_at": "level"})
-        bench.line("linear probe, level loss", rate, "samples/s", 5000)
-    with bench.part("bank of nine, resident"):
-        how: dict[str, Any] = {"lr": RATES, "weight_decay": DECAYS, "loop": {"loss_at": "level"}}
-        bench.line("bank of nine, resident", training.rate("semseg", 100, 600, head="linear", **how), "samples/s", 2000)
-    with bench.part("1000 iterations, to the row"):
-        begun = time.perf_counter()
-        training.seconds("semseg", 20 if bench.small else 1000, head="linear")
-        bench.line("1000 iterations, to the row", time.perf_counter() - begun, "s", 8, at_most=True)
-    with bench.part("dense evaluation"):
-        bench.line("dense evaluation", training.evaluation(), "images/s", 2500)
-    with bench.part("ridge"):
-        bench.line("ridge", training.seconds("semseg", 1, head="ridge")[0], "s", 2, at_most=True)
+    bench.part(
+        lambda: linear_lines(bench, training, limits), "linear probe, resident", "linear probe, of the bare forward"
+    )
+    bench.part(lambda: level_line(bench, training), "linear probe, level loss")
+    bench.part(lambda: bank_line(bench, training), "bank of nine, resident")
+    bench.part(lambda: whole_line(bench, training), "1000 iterations, to the row")
+    bench.part(lambda: bench.line("dense evaluation", training.evaluation(), "images/s", 2500), "dense evaluation")
+    bench.part(lambda: ridge_line(bench, training), "ridge")
     for task, head, target, short, long in (
-        ("semseg", "upsample", 1000, 50, 250), ("detect", "fcos", 800, 50, 250),
-        ("detect", "fasterrcnn", 250, 20, 80), ("instseg", "maskrcnn", 120, 20, 60),
+        ("semseg", "upsample", 1000, 50, 450), ("detect", "fcos", 800, 50, 850),
+        ("detect", "fasterrcnn", 250, 20, 220), ("instseg", "maskrcnn", 120, 20, 120),
     ):  # fmt: skip
-        with bench.part(head, need=15):
-            objects = {} if task == "semseg" else {"instances": "components"}
-            bench.line(head, training.rate(task, short, long, head=head, **objects), "samples/s", target)
-    with bench.part("linear probe, streamed", need=20):
-        reading, copying = read_rate(bench, path), copy_rate(bench, open_cache(path).recipe.row_bytes)
-        bench.note("file to page-locked memory", reading, "rows/s")
-        bench.note("copy to the device", copying, "rows/s")
-        with streaming():
-            rate = training.rate("semseg", 50, 150, head="linear")
-        bench.line("linear probe, streamed", rate, "samples/s", 0.8, min(reading, copying))
-    with bench.part("finetune", need=25):
-        hand = by_hand(bench, bench.network(), 16)
-        rate = training.rate("semseg", 15, 60, head="linear", tuning=Tuning(), loop={"batch_size": 16})
-        bench.line("finetune", rate, "images/s", 0.9, hand)
+        objects = {} if task == "semseg" else {"instances": "components"}
+        line = partial(head_line, bench, training, task, head, target, short, long, objects)
+        bench.part(line, head, need=15)
+    bench.part(lambda: streamed_line(bench, training), "linear probe, streamed", need=20)
+    bench.part(lambda: finetune_line(bench, training), "finetune", need=25)
+
+
+def extract_line(bench: Bench, backbone: Backbone, folder: Path, work: str, limits: Limits) -> None:
+    """All images to the disk, or half of them to memory, whose cache the caller removes."""
+    done, rate = extraction(bench, backbone, folder, bench.count if work == "extract, disk" else bench.count // 2)
+    written = disk_rate(folder, 64 if bench.small else 2048) / (done.bytes_written / done.computed)
+    bench.note(f"plain writes, {work.split()[1]}", written, "images/s")
+    alone = ", ".join(
+        f"{part} {done.computed / done.seconds[part]:.0f}"
+        for part in ("network", "decoding", "copying", "writing")
+        if done.seconds[part]
+    )
+    print(f"             by themselves, images/s: {alone}; look {done.seconds['look']:.2f} s", flush=True)
+    bench.line(work, rate, "images/s", 0.9, min(limits.forward, limits.decoding, written))
+
+
+def decoding_line(bench: Bench, limits: Limits) -> None:
+    """Beside it what as many processes of Pillow as there are cores reach: hyper-threads are no cores."""
+    paths = [str(path) for path in sorted((bench.data / "images").iterdir())]
+    with ProcessPoolExecutor(usable_cores()) as pool:
+        rate = bench.rate(lambda: list(pool.map(pillow, paths, chunksize=8)), len(paths), 2)
+    bench.note(f"Pillow in {usable_cores()} processes", rate, "images/s")
+    bench.line("decoding to the device", decoding(bench), "images/s", 0.7, limits.decoding)
+
+
+def pillow(path: str) -> int:
+    """Decode an image; a byte of it."""
+    with Image.open(path) as image:
+        return int(np.asarray(image)[0, 0, 0])
+
+
+def linear_lines(bench: Bench, training: Trainings, limits: Limits) -> None:
+    """In samples, and in passes of the network that the cache spares."""
+    rate = training.rate("semseg", 200, 2200, head="linear")
+    bench.line("linear probe, resident", rate, "samples/s", 5000)
+    bench.line("linear probe, of the bare forward", rate, "samples/s", 3, limits.forward)
+
+
+def level_line(bench: Bench, training: Trainings) -> None:
+    """The loss at the grid of the finest level."""
+    rate = training.rate("semseg", 200, 2200, head="linear", loop={"loss_at": "level"})
+    bench.line("linear probe, level loss", rate, "samples/s", 5000)
+
+
+def bank_line(bench: Bench, training: Trainings) -> None:
+    """Nine heads over the same batches."""
+    how: dict[str, Any] = {"lr": RATES, "weight_decay": DECAYS, "loop": {"loss_at": "level"}}
+    bench.line("bank of nine, resident", training.rate("semseg", 100, 600, head="linear", **how), "samples/s", 2000)
+
+
+def whole_line(bench: Bench, training: Trainings) -> None:
+    """With labels, validation, records of defects and files."""
+    begun = time.perf_counter()
+    training.seconds("semseg", 20 if bench.small else 1000, head="linear")
+    bench.line("1000 iterations, to the row", time.perf_counter() - begun, "s", 8, at_most=True)
+
+
+def ridge_line(bench: Bench, training: Trainings) -> None:
+    """From start to end of what stands for a training."""
+    bench.line("ridge", training.seconds("semseg", 1, head="ridge")[0], "s", 2, at_most=True)
+
+
+def head_line(
+    bench: Bench, training: Trainings, task: str, head: str, target: float, short: int, long: int, how: dict[str, Any]
+) -> None:
+    """Another head."""
+    bench.line(head, training.rate(task, short, long, head=head, **how), "samples/s", target)
+
+
+def streamed_line(bench: Bench, training: Trainings) -> None:
+    """A linear head whose features stay in the file."""
+    path = next(iter(training.workspace.cache_files()))
+    reading, copying = read_rate(bench, path), copy_rate(bench, open_cache(path).recipe.row_bytes)
+    bench.note("file to page-locked memory", reading, "rows/s")
+    bench.note("copy to the device", copying, "rows/s")
+    with streaming():
+        rate = training.rate("semseg", 50, 150, head="linear")
+    bench.line("linear probe, streamed", rate, "samples/s", 0.8, min(reading, copying))
+
+
+def finetune_line(bench: Bench, training: Trainings) -> None:
+    """Images are decoded and augmented."""
+    hand = by_hand(bench, bench.network(), 16)
+    rate = training.rate("semseg", 15, 60, head="linear", tuning=Tuning(), loop={"batch_size": 16})
+    bench.line("finetune", rate, "images/s", 0.9, hand)
 
 
 def main() -> None:

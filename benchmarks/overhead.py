@@ -6,8 +6,10 @@ A GPU waits for whoever starts its work: what costs is not arithmetic but how of
 product's own runs (`featprobe probe`: features and labels that lie on the device, clipping, schedule, AdamW, gathering
 of losses) go step by step on a CPU, told that it is a GPU, and every operator that is dispatched is counted, backward
 passes included; views, which start nothing, are left out. A fused or foreach operator counts once: it is one. Batches
-of 16, three objects in each image, four levels as ConvNeXt has them; images that fill their frames, and others that do
-not. No step may ask the device for a number (`_local_scalar_dense`).
+of 16, of heads with regions 4, three objects in each image, four levels as ConvNeXt has them; images that fill their
+frames, and others that do not. No step may ask the device for a number (`_local_scalar_dense`) or make a tensor whose
+size depends on values. An evaluated batch may; `--show` prints where. What works on detections that have left the
+device counts too.
 """
 
 import argparse
@@ -46,6 +48,7 @@ from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace
 
 SIDE, BATCH, OBJECTS, CLASSES = 128, 16, 3, 5  # pixels, images a step, objects an image, classes of objects
+FEW = 4  # images a step of heads with regions
 SPLITS = {"train": 2 * BATCH, "val": 3 * EVALUATION_BATCH, "test": 3}  # images
 SIZES = {"whole": (SIDE, SIDE), "padded": (SIDE, 3 * SIDE // 4)}  # of the images, in frames of SIDE
 STEPS = 2  # that come before the one that is counted: the optimizer makes its state
@@ -67,6 +70,7 @@ class Arm:
     count: str = "step"
     rates: int = 1
     loss_at: str | None = None
+    batch: int = BATCH
 
 
 ARMS = (
@@ -78,6 +82,11 @@ ARMS = (
     Arm("upsample, evaluation", "semseg", "upsample", 90, 90, count="batch"),
     Arm("upsample", "semseg", "upsample", 180, 260),
     Arm("FCOS", "detect", "fcos", 700, 700),
+    Arm("FCOS, evaluation", "detect", "fcos", 200, 250, count="batch"),
+    Arm("Faster R-CNN", "detect", "fasterrcnn", 500, 540, batch=FEW),
+    Arm("Faster R-CNN, evaluation", "detect", "fasterrcnn", 280, 290, count="batch"),
+    Arm("Mask R-CNN", "instseg", "maskrcnn", 560, 600, batch=FEW),
+    Arm("Mask R-CNN, evaluation", "instseg", "maskrcnn", 780, 800, count="batch"),
 )
 
 
@@ -127,7 +136,7 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
 def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
     """The product's training of an arm: its own recipe, with clipping."""
     recipe = KINDS[arm.task, arm.head].recipe
-    changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": BATCH, "clip": recipe.clip or 1.0}
+    changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": arm.batch, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
     options = ProbeOptions(
@@ -142,7 +151,8 @@ def as_on_a_gpu() -> Iterator[None]:
     """The CPU takes the path of a GPU with room for all features and labels."""
     with contextlib.ExitStack() as patches:
         products = torch.library.Library("aten", "IMPL")  # which CPUs have in one number format alone
-        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU")
+        patches.callback(products._destroy)
+        products.impl("bmm.dtype", lambda a, b, dtype: torch.bmm(a.to(dtype), b.to(dtype)), "CPU", allow_override=True)
         for choice in ("whole_batches", "mixed"):
             patches.enter_context(mock.patch.object(execution, choice, lambda device: True))
         for module in (reader, segmentation):
@@ -150,8 +160,8 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
-def count_step(ready: Prepared) -> Counter[str]:
-    """Operators of one training step of all heads of a training."""
+def count_step(ready: Prepared, stops: Counter[str]) -> Counter[str]:
+    """Operators of one training step of all heads of a training. stops: gets the places that wait for the device."""
     trials = trials_of(ready)
     heads = [trial.head for trial in trials]
     with source_of(ready, heads[0]) as source:
@@ -165,11 +175,11 @@ def count_step(ready: Prepared) -> Counter[str]:
         with contextlib.closing(made) as steps:
             for _ in range(STEPS):
                 next(steps)
-            return operators(lambda: next(steps))
+            return operators(lambda: next(steps), stops)
 
 
-def count_batch(ready: Prepared) -> Counter[str]:
-    """Operators of one evaluated batch: of three in a row the mean."""
+def count_batch(ready: Prepared, stops: Counter[str]) -> Counter[str]:
+    """Operators of one evaluated batch: of three in a row the mean. stops: gets the places of all three."""
     (trial,) = trials_of(ready)
     with source_of(ready, trial.head) as source:
         keep_on_device(ready, source)
@@ -177,19 +187,23 @@ def count_batch(ready: Prepared) -> Counter[str]:
         rows = ready.rows["val"]
         batches = -(-len(rows) // EVALUATION_BATCH)
         ready.task.evaluate([trial.head], source.batches, rows)  # labels are read once
-        found = operators(lambda: ready.task.evaluate([trial.head], source.batches, rows))
+        found = operators(lambda: ready.task.evaluate([trial.head], source.batches, rows), stops)
     return Counter({name: number / batches for name, number in found.items()})  # type: ignore[misc]
 
 
-COUNTS: dict[str, Callable[[Prepared], Counter[str]]] = {"step": count_step, "batch": count_batch}
+COUNTS: dict[str, Callable[[Prepared, Counter[str]], Counter[str]]] = {"step": count_step, "batch": count_batch}
 
 
-def counted(arms: Sequence[Arm], frames: str) -> dict[str, Counter[str]]:
-    """Operators of every arm."""
+def counted(arms: Sequence[Arm], frames: str, stops: dict[str, Counter[str]] | None = None) -> dict[str, Counter[str]]:
+    """Operators of every arm. stops: gets the places where each waits for the device."""
+    places: dict[str, Counter[str]] = {arm.name: Counter() for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         workspace, cache = extracted(Path(folder), frames)
         with as_on_a_gpu():
-            return {arm.name: COUNTS[arm.count](prepared(arm, workspace, cache)) for arm in arms}
+            found = {arm.name: COUNTS[arm.count](prepared(arm, workspace, cache), places[arm.name]) for arm in arms}
+    if stops is not None:
+        stops.update(places)
+    return found
 
 
 def main() -> None:
@@ -197,7 +211,8 @@ def main() -> None:
     parser.add_argument("--show", metavar="ARM", help="print the operators of the arms whose names begin so")
     options = parser.parse_args()
     torch.manual_seed(0)
-    every = {frames: counted(ARMS, frames) for frames in SIZES}
+    places: dict[str, dict[str, Counter[str]]] = {frames: {} for frames in SIZES}
+    every = {frames: counted(ARMS, frames, own) for frames, own in places.items()}
     rows, ratios, stops = [], {}, 0
     for arm in ARMS:
         row = {"per": f"{arm.count}: {arm.name}"}
@@ -205,9 +220,10 @@ def main() -> None:
             own, limit = found[arm.name], getattr(arm, frames)
             ratios[f"{arm.name}, {frames}"] = limit / (total := ceil(own.total() - own[WAITS]))
             stops += own[WAITS] if arm.count == "step" else 0
-            row |= {frames: str(total), f"limit {frames}": str(limit)}
+            row |= {frames: str(total), f"limit {frames}": str(limit), f"stops {frames}": f"{own[WAITS]:g}"}
             if options.show and arm.name.startswith(options.show):
                 print(f"{arm.name}, {frames}: {dict(own.most_common())}")
+                print(f"  waits at {dict(places[frames][arm.name].most_common())}")
         rows.append(row)
     # a step that waits for the device misses the target whatever it counts
     report("overhead", 0.0 if stops else min(ratios.values()), 1.0, rows, stops=stops, **ratios)

@@ -20,6 +20,7 @@ from featprobe.errors import DataError, ShapeError, counted
 from featprobe.geometry import Part, Placement, Size
 from featprobe.io.disk import parse_json
 from featprobe.io.pictures import picture
+from featprobe.regions import regions_of
 
 IGNORE = 255
 """Pixels of this label count in no loss and no score."""
@@ -81,6 +82,23 @@ def encode_rle(mask: NDArray[np.bool_]) -> dict[str, object]:
     """
     rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def encode_window(mask: NDArray[np.bool_], top: int, left: int, size: Size) -> dict[str, object]:
+    """`encode_rle` of a mask of (height, width) that is empty but for a window, from what stands there alone.
+
+    >>> mask = np.zeros((9, 10), dtype=bool)
+    >>> mask[2:9, 3:10] = np.eye(7, dtype=bool)
+    >>> encode_window(mask[2:9, 3:10], 2, 3, (9, 10)) == encode_rle(mask)
+    True
+    """
+    inside = np.zeros(mask.shape[1] * size[0] + 2, dtype=bool)  # column by column, between two pixels that are none
+    inside[1:-1].reshape(mask.shape[1], size[0])[:, top : top + mask.shape[0]] = mask.T
+    edges = left * size[0] + np.flatnonzero(inside[1:] != inside[:-1])
+    counts = np.diff(np.concatenate([[0], edges, [size[0] * size[1]]])).tolist()
+    counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts  # no run is empty but the first
+    rle = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
+    return {"size": [int(s) for s in size], "counts": rle["counts"].decode("ascii")}
 
 
 def decode_rle(rle: Rle) -> NDArray[np.bool_]:
@@ -148,7 +166,12 @@ def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
     >>> move_rle(encode_rle(np.ones((2, 3), dtype=bool)), 2, 1, (4, 5)) == encode_rle(mask)
     True
     """
-    columns, rows = np.nonzero(decode_rle(rle).T)
+    return _rle_at(decode_rle(rle), left, top, size)
+
+
+def _rle_at(mask: NDArray[np.bool_], left: int, top: int, size: Size) -> dict[str, object]:
+    """Compressed COCO RLE of an image of (height, width) that has a mask at (left, top), else background."""
+    columns, rows = np.nonzero(mask.T)
     inside = (columns + left) * size[0] + rows + top  # indices of its pixels, column by column
     first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # the first index of each run
     starts, stops = inside[first], inside[np.append(first[1:], len(inside)) - 1] + 1 if len(inside) else inside
@@ -223,17 +246,15 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     >>> [(i.category, i.box_xyxy) for i in found if not i.crowd]
     [(1, (0.0, 0.0, 3.0, 2.0)), (2, (0.0, 2.0, 1.0, 3.0))]
     """
-    from scipy import ndimage  # it takes time, and most words of a command line need none of it
-
-    found = []
-    there = np.bincount(labels.ravel(), minlength=IGNORE + 1)
-    for value in (value for value in (*range(1, classes), IGNORE) if there[value]):
-        numbered, _ = ndimage.label(labels == value, structure=np.ones((3, 3)))
-        for number, (rows, columns) in enumerate(ndimage.find_objects(numbered), start=1):
-            box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-            mask = numbered[rows, columns] == number
-            rle = move_rle(encode_rle(mask), columns.start, rows.start, labels.shape)
-            one = Instance(value, box, rle, crowd=value == IGNORE, area=float(mask.sum()))
+    found, regions = [], regions_of(labels)
+    for number, (value, area, box) in enumerate(
+        zip(regions.value.tolist(), regions.area.tolist(), regions.boxes.tolist(), strict=True), start=1
+    ):
+        if value < classes or value == IGNORE:
+            left, top, right, bottom = box
+            rle = _rle_at(regions.labels[top:bottom, left:right] == number, left, top, labels.shape)
+            x1, y1, x2, y2 = map(float, box)
+            one = Instance(value, (x1, y1, x2, y2), rle, crowd=value == IGNORE, area=float(area))
             found += [one] if value != IGNORE else [replace(one, category=c) for c in range(1, classes)]
     return tuple(found)
 
@@ -264,7 +285,7 @@ def decode_semantic(data: bytes, size: Size | None = None, classes: int | None =
             labels = np.asarray(image, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, MemoryError) as error:
         raise DataError(f"The mask can't be decoded: {str(error)[:200]}.") from error
-    if classes is not None and bool(((labels >= classes) & (labels != IGNORE)).any()):
+    if classes is not None:
         check_labels(labels, classes, "The mask")
     return labels
 
@@ -405,14 +426,54 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     return framed
 
 
+def runs_of(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The value of each run of equal values of an array, row by row, and its length.
+
+    A mask has far fewer runs than pixels, so that what it holds is known soonest from them.
+    """
+    flat = values.ravel()
+    ends = np.flatnonzero(np.append(flat[1:] != flat[:-1], flat.size > 0))
+    return flat[ends], np.diff(ends, prepend=-1)
+
+
+def values_in(labels: Labels) -> list[int]:
+    """The values that labels of any shape hold, ascending.
+
+    >>> values_in(np.array([[0, 0, 3], [3, 255, 0]], dtype=np.uint8))
+    [0, 3, 255]
+    """
+    found: list[int] = np.flatnonzero(np.bincount(runs_of(labels)[0])).tolist()
+    return found
+
+
+def pixels_of_each(labels: Labels) -> NDArray[np.int64]:
+    """(256,), how many pixels of labels of any shape have each value."""
+    values, lengths = runs_of(labels)
+    return np.bincount(values, weights=lengths, minlength=256).astype(np.int64)
+
+
+def numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The values that an array holds, ascending, and the place of each pixel's value among them, of its shape.
+
+    >>> numbered(np.array([[70, 70], [9, 70]]))
+    (array([ 9, 70]), array([[1, 1],
+           [0, 1]]))
+    """
+    own, lengths = runs_of(values)
+    found, place = np.unique(own, return_inverse=True)
+    return found, np.repeat(place, lengths).reshape(values.shape)
+
+
 def check_labels(labels: Labels, classes: int, where: str) -> None:
     """Raise DataError, naming `where`, when a label is neither a class nor 255."""
-    found = np.flatnonzero(np.bincount(labels.ravel(), minlength=256))
-    beyond = [int(v) for v in found if classes <= v < IGNORE]
+    if labels.max(initial=0) < classes:
+        return
+    found = values_in(labels)
+    beyond = [value for value in found if classes <= value < IGNORE]
     if beyond:
         raise DataError(
             f"{where} holds labels {beyond}, beyond the classes.\n"
             f"  wanted  0 to {classes - 1}, or {IGNORE} for ignored pixels\n"
-            f"  found   {[int(v) for v in found]}\n"
+            f"  found   {found}\n"
             "Nothing was written. Name all classes in classes.txt or featprobe.toml, or correct the mask."
         )

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "scores",
         "result_rows",
         "geometry",
+        "regions",
         "targets",
         "machine",
         "processes",

@@ -26,6 +26,7 @@ from featprobe.cache.quantised import SCALES, TABLE_DTYPE, as_read, decode, deco
 from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
 from featprobe.features import Features
+from featprobe.io.threads import single_threaded
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory, human_bytes, usable_cores
 from featprobe.processes import own_part
@@ -99,7 +100,7 @@ class RowReader:
         self._own = threading.local()
         self._pool: ThreadPoolExecutor | None = None
         if self.decoding:
-            self._pool = _single_threaded(threads)
+            self._pool = single_threaded(threads, "row-decoder")
         elif threads > 1:
             self._pool = ThreadPoolExecutor(threads, thread_name_prefix="row-reader")
 
@@ -251,26 +252,6 @@ def _taking(mapped: NDArray[np.uint8]) -> ReadRows:
         np.take(mapped, rows, axis=0, out=out, mode="clip")  # any other mode goes through a second buffer
 
     return read
-
-
-def _single_threaded(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch operations run in the calling thread only; nothing changes in other threads.
-
-    Operations that wait for further threads stop for milliseconds whenever all cores are busy, as they are in training.
-    """
-    elsewhere, started = torch.get_num_threads(), threading.Barrier(threads + 1)
-
-    def begin() -> None:
-        torch.get_num_threads()  # once in a thread this takes what holds elsewhere
-        torch.set_num_threads(1)
-        started.wait()
-
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="row-decoder", initializer=begin)
-    for _ in range(threads):
-        pool.submit(int)  # starts a thread, as long as no other is ready
-    started.wait()
-    torch.set_num_threads(elsewhere)  # for threads to come, and for MKL, which has one number for all
-    return pool
 
 
 @dataclass(frozen=True)

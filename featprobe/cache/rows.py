@@ -155,6 +155,10 @@ class RowTable(Sequence[Row]):
         """A text of every row: one of TEXT_FIELDS, or `view`."""
         return self.texts[name].to_list()
 
+    def labelled(self, kind: str) -> NDArray[np.bool_]:
+        """(rows,), which rows have labels of a kind: one of TARGET_KINDS."""
+        return np.diff(self.targets[kind].offsets) > 0
+
     def placement(self, row: int) -> Placement:
         """A row's placement in the frame."""
         original, content = _size(self.original[row]), _size(self.content[row])

@@ -14,7 +14,7 @@ from featprobe.datasets.samples import listed
 from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
 from featprobe.io.pictures import MASK_FORMATS, picture
-from featprobe.targets import IGNORE, Labels
+from featprobe.targets import IGNORE, Labels, numbered, runs_of
 
 NAME = "labelmap.txt"
 IGNORED = ("ignored", "ignore")  # CVAT's name for VOC's void, and featprobe's
@@ -47,13 +47,13 @@ class Labelmap:
             return self._named(_coded(values), self.of_colour, "#{:06x}", path)
         by_line = {**dict(enumerate(self.of_line)), IGNORE: IGNORE}
         palette = _palette(path) if mode == "P" else {}
-        found = np.unique(values).tolist()
+        found = np.unique(runs_of(values)[0]).tolist()
         if all(palette.get(index) in self.of_colour for index in found):
             by_line = {index: self.of_colour[palette[index]] for index in found}
         return self._named(values.astype(np.int64), by_line, "{}", path)
 
     def _named(self, values: NDArray, named: Mapping[int, int], form: str, path: Path) -> Labels:
-        found, inverse = np.unique(values, return_inverse=True)
+        found, places = numbered(values)
         unknown = [form.format(value) for value in found.tolist() if value not in named]
         if unknown:
             raise DataError(
@@ -61,7 +61,7 @@ class Labelmap:
                 f"  wanted  {', '.join(form.format(value) for value in named)}\n  found   {listed(unknown)}"
             )
         index = np.array([named[value] for value in found.tolist()], dtype=np.uint8)
-        return index[inverse.reshape(values.shape)]
+        return index[places]
 
 
 def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:

@@ -1,10 +1,11 @@
 """Common parts of detection and instance heads: targets, detections, levels chosen by the objects' sizes."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import log2
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,6 +14,9 @@ from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
+BEST_FIRST = 1024  # candidates of an image; the others are compared only where too few of these stay
+PAIRED_AT_ONCE = 16384  # candidates of a batch; where there are more, each image's are compared by themselves
+ROUNDS_AT_ONCE = 8  # of suppression, before it is asked whether all boxes are settled
 CELLS_AT_BORDER = 8  # an object whose side spans more cells of a level goes to the next (FCOS: 64 pixels at stride 8)
 
 
@@ -42,30 +46,58 @@ class ObjectBatch:
     """The labelled objects of several images in tensors of one shape, so that a batch takes few operations.
 
     boxes: (images, most objects, 4). labels: (images, most objects), int64, 0 where an image has no more objects.
-    crowds: (images, most regions, 4), infinite where an image has no more.
+    crowds: (images, most regions, 4), infinite where an image has no more. masks: (masks, height, bytes a row), as
+    `packed` gives them, of these images and perhaps of others, or None. places: (images, most objects), int64, of the
+    objects' masks among these, or None.
     """
 
     boxes: Tensor
     labels: Tensor
     crowds: Tensor
+    masks: Tensor | None = None
+    places: Tensor | None = None
+    drawn: dict[tuple[str, tuple[int, ...]], Tensor] = field(default_factory=dict, compare=False)
 
     @classmethod
-    def of(cls, targets: Sequence[ObjectTarget]) -> "ObjectBatch":
-        """The batch of these images' objects, on the device of their tensors."""
+    def of(cls, targets: Sequence[ObjectTarget], masks: Sequence[Tensor] | None = None) -> "ObjectBatch":
+        """The batch of these images' objects, on the device of their tensors.
+
+        masks: of each image's objects, as `packed` gives them; None to take those of the targets, if they have some.
+        """
         boxes = pad_sequence([t.boxes for t in targets], batch_first=True)
         labels = pad_sequence([t.labels for t in targets], batch_first=True)
         crowds = pad_sequence([t.crowds for t in targets], batch_first=True, padding_value=float("inf"))
         if not boxes.shape[1]:
             boxes, labels = pad(boxes, (0, 0, 0, 1)), pad(labels, (0, 1))
-        return cls(boxes, labels, crowds)
+        own = [packed(t.masks) for t in targets if t.masks is not None] if masks is None else masks
+        if not own:
+            return cls(boxes, labels, crowds)
+        joined, counts = torch.cat(list(own)), torch.tensor([len(m) for m in own])
+        joined = joined if len(joined) else pad(joined, (0, 0, 0, 0, 0, 1))
+        first = (counts.cumsum(0) - counts).to(labels.device, non_blocking=True)
+        places = first[:, None] + torch.arange(labels.shape[1], device=labels.device)
+        return cls(boxes, labels, crowds, joined, places.clamp(max=len(joined) - 1))
 
     def to(self, device: torch.device) -> "ObjectBatch":
         """The same objects on another device."""
-        return ObjectBatch(*(v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds)))
+        boxes, labels, crowds = (v.to(device, non_blocking=True) for v in (self.boxes, self.labels, self.crowds))
+        if self.masks is None or self.places is None:
+            return ObjectBatch(boxes, labels, crowds)
+        masks, places = (v.to(device, non_blocking=True) for v in (self.masks, self.places))
+        return ObjectBatch(boxes, labels, crowds, masks, places)
 
     def at(self, images: Tensor) -> "ObjectBatch":
         """The objects of some of the images. images: (batch,), int64, on the same device."""
-        return ObjectBatch(*(v.index_select(0, images) for v in (self.boxes, self.labels, self.crowds)))
+        boxes, labels, crowds = (v.index_select(0, images) for v in (self.boxes, self.labels, self.crowds))
+        places = None if self.places is None else self.places.index_select(0, images)
+        return ObjectBatch(boxes, labels, crowds, self.masks, places)
+
+    def keys(self, name: str, *shape: int) -> Tensor:
+        """Random numbers in [0, 1), float32, of this shape. Whoever asks for a name gets the same: all heads that train
+        on a batch draw the same samples."""
+        if (name, shape) not in self.drawn:
+            self.drawn[name, shape] = torch.rand(shape, device=self.boxes.device)
+        return self.drawn[name, shape]
 
 
 @dataclass(frozen=True)
@@ -223,6 +255,114 @@ def best_of(candidates: Candidates, classes: int, most: int = MOST_DETECTIONS) -
     kept = torch.zeros_like(flat).scatter(0, place, flat[place]).view_as(scores)
     values, where = kept.topk(most)
     return values, where
+
+
+def ious(boxes: Tensor, others: Tensor) -> Tensor:
+    """Intersection over union of all pairs: (batch, n, m), nan for two boxes without an area.
+
+    boxes: (batch, n, 4). others: (batch, m, 4) or (1, m, 4); x1 y1 x2 y2.
+    """
+    shared = intersections(boxes, others)
+    return shared / (areas(boxes)[..., None] + areas(others)[..., None, :] - shared)
+
+
+def intersections(boxes: Tensor, others: Tensor) -> Tensor:
+    """Areas that all pairs of boxes share, (batch, n, m); see `ious`."""
+    start = torch.maximum(boxes[..., None, :2], others[..., None, :, :2])
+    shared = (torch.minimum(boxes[..., None, 2:], others[..., None, :, 2:]) - start).clamp(min=0)
+    return shared[..., 0] * shared[..., 1]
+
+
+def areas(boxes: Tensor) -> Tensor:
+    """The areas of boxes. boxes: (…, 4)."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def sampled(
+    positive: Tensor, negative: Tensor, keys: Tensor, most_positive: int, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some of each image's candidates at random, positive ones first: their places, (batch, most); whether each is
+    positive; whether each counts at all, since there may be fewer.
+
+    As torchvision's BalancedPositiveNegativeSampler draws them, in shapes that do not depend on values: at most so many
+    positive ones, and negative ones up to `most`. positive, negative: (batch, candidates), bool. keys: of the same
+    shape, in [0, 1), see ObjectBatch.keys; those with the largest keys are taken.
+    """
+    values, place = torch.where(positive, keys, -1.0).topk(min(most_positive, keys.shape[1]))
+    every = torch.where(negative, keys, -1.0)
+    every = every.scatter(1, place, torch.where(values >= 0, values + 1, every.gather(1, place)))
+    values, place = every.topk(min(most, keys.shape[1]))
+    return place, values >= 1, values >= 0
+
+
+def survivors(boxes: Tensor, real: Tensor, iou: float, rounds: int | None) -> Tensor:
+    """Which boxes stay after non-maximum suppression in each group: (groups, boxes), 1 or 0, of the boxes' type.
+
+    boxes: (groups, boxes, 4), best first. real: (groups, boxes), bool: the others are none. A box stays where no better
+    one that stays overlaps it by more than `iou`. In each round that is asked of all boxes at once, with what stayed in
+    the round before; a box whose fate hangs on a chain of n better ones is settled after n + 1 rounds. rounds: an odd
+    number, after which those that are not settled are dropped, and no step depends on values; None for as many as
+    settle all.
+    """
+    alive = real.to(boxes.dtype)[:, None]  # (groups, 1, boxes)
+    over = (ious(boxes, boxes) > iou).triu(1).to(boxes.dtype)
+    stay = alive
+    for number in range(boxes.shape[1] + 1 if rounds is None else rounds):
+        before, stay = stay, torch.baddbmm(alive, stay, over, alpha=-1).gt_(0)
+        if rounds is None and number % ROUNDS_AT_ONCE == ROUNDS_AT_ONCE - 1 and torch.equal(before, stay):
+            break
+    return stay[:, 0]
+
+
+def found_at_once(candidates: Candidates) -> list[Detections]:
+    """What `suppress` finds among each image's candidates, for all images together: with few stops of a device."""
+    real = (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1)
+    scores, count = candidates.scores * real, candidates.scores.shape[1]
+    for most in sorted({min(BEST_FIRST, count), count}):  # no box suppresses a better one: mostly the best are enough
+        best, place = scores.topk(most)
+        boxes = candidates.boxes.gather(1, place[:, :, None].expand(-1, -1, 4))
+        labels = candidates.labels.gather(1, place)
+        kept = best * _kept(boxes, labels, best, best > candidates.floor, candidates.iou)
+        values, where = kept.topk(min(MOST_DETECTIONS, most))
+        found, there = torch.stack([(values > 0).sum(1), (scores > candidates.floor).sum(1)]).tolist()
+        if all(own == MOST_DETECTIONS or number <= most for own, number in zip(found, there, strict=True)):
+            break
+    image = torch.arange(len(found), device=where.device)[:, None].expand_as(where)
+    parts = image, boxes.gather(1, where[:, :, None].expand(-1, -1, 4)), labels.gather(1, where), values
+    own = torch.cat([torch.arange(n, device=where.device) + i * where.shape[1] for i, n in enumerate(found)])
+    image, boxes, labels, values = (part.flatten(0, 1).index_select(0, own) for part in parts)
+    masks = [None] * len(found) if candidates.masks is None else candidates.masks(boxes, image, labels).split(found)
+    split = (boxes.split(found), labels.split(found), values.split(found), masks)
+    return [Detections(*each) for each in zip(*split, strict=True)]
+
+
+def _kept(boxes: Tensor, labels: Tensor, scores: Tensor, real: Tensor, iou: float) -> Tensor:
+    """Which boxes of each image stay in non-maximum suppression per class: (batch, boxes), 1 or 0. real: those that
+    are boxes at all."""
+    chosen = real.flatten().nonzero()[:, 0]
+    image, flat = chosen // real.shape[1], boxes.flatten(0, 1)
+    parts = [chosen] if len(chosen) <= PAIRED_AT_ONCE else chosen.split(torch.bincount(image).tolist())
+    apart = torch.stack([image, labels.flatten()[chosen]], 1) * (flat.amax() + 1)
+    shifted = flat.index_copy(0, chosen, flat[chosen] + apart.repeat(1, 2))
+    kept = torch.cat([own[nms(shifted[own], scores.flatten()[own], iou)] for own in parts])
+    return torch.zeros_like(scores).flatten().index_fill_(0, kept, 1.0).view_as(scores)
+
+
+def packed(masks: Tensor) -> Tensor:
+    """Eight pixels a byte, the first in the lowest bit: (objects, height, width / 8), uint8.
+
+    masks: (objects, height, width), uint8, 0 or 1.
+    """
+    if masks.device.type == "cpu":
+        return torch.from_numpy(np.packbits(masks.numpy(), -1, bitorder="little"))
+    bits = pad(masks, (0, -masks.shape[2] % 8)).unflatten(2, (-1, 8))
+    return (bits << torch.arange(8, dtype=torch.uint8, device=masks.device)).sum(3, dtype=torch.uint8)
+
+
+def unpacked(masks: Tensor, width: int) -> Tensor:
+    """What `packed` has packed: (objects, height, width), uint8."""
+    bits = masks[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device)
+    return (bits & 1).flatten(2)[..., :width]
 
 
 def on_host(found: Sequence[Detections]) -> list[Detections]:

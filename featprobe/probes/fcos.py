@@ -19,6 +19,7 @@ from featprobe.probes.detections import (
     ObjectBatch,
     ObjectTarget,
     clip_to,
+    found_at_once,
     in_crowd,
     side_ranges,
     suppress,
@@ -226,6 +227,8 @@ class FcosHead(BatchedObjectHead):
     def _detections(self, features: Features) -> list[Detections]:
         """The best boxes per image, among the best per level."""
         all_of = self.candidates(features)
+        if execution.whole_batches(all_of.boxes.device):
+            return found_at_once(all_of)
         found = []
         for boxes, score, label in zip(all_of.boxes, all_of.scores, all_of.labels, strict=True):
             kept = suppress(boxes, score, label, NMS_IOU, SCORE_FLOOR)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.detections import Candidates, Detections, ObjectBatch, ObjectTarget
 
 
@@ -245,19 +246,23 @@ class ObjectHead(Head):
 
 
 class BatchedObjectHead(ObjectHead):
-    """An object head whose loss is the same work for every batch of one shape, and draws nothing at random.
+    """An object head whose loss is the same work for every batch of one shape.
 
-    On a GPU its training steps are recorded once and replayed; see `probes.train.train`.
+    On a GPU its training steps are recorded once and replayed; see `probes.train.train`. What it draws at random it
+    takes from `ObjectBatch.keys`. draws: whether it does, and on a CPU has `forward` draw for each image by itself.
     """
+
+    draws: bool = False
 
     @abstractmethod
     def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
         """The loss that `forward` gives for the same objects: a scalar."""
 
 
-def all_batched(heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
-    """The heads, where each of them has a `batch_loss`; else none of them."""
-    found = [head for head in heads if isinstance(head, BatchedObjectHead)]
+def all_batched(heads: Sequence[ObjectHead], device: torch.device) -> list[BatchedObjectHead]:
+    """The heads, where each of them has a `batch_loss` to train with on this device; else none of them."""
+    whole = execution.whole_batches(device)
+    found = [head for head in heads if isinstance(head, BatchedObjectHead) and (whole or not head.draws)]
     return found if len(found) == len(heads) else []
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from featprobe.geometry import Placement, Size
 from featprobe.probes.detections import Detections
-from featprobe.targets import Instance, encode_rle
+from featprobe.targets import Instance, Rle, encode_window
 
 MASK_THRESHOLD = 0.5
+PIXELS_AT_ONCE = 2**20  # of masks that are pasted together
 
 
 def objects_at_original(detections: Detections, placement: Placement) -> list[tuple[Instance, float]]:
@@ -18,38 +19,76 @@ def objects_at_original(detections: Detections, placement: Placement) -> list[tu
     boxes = detections.boxes.detach().cpu().double() * torch.tensor([scale_x, scale_y, scale_x, scale_y])
     height, width = placement.original
     boxes = boxes.clamp(min=0).minimum(boxes.new_tensor([width, height, width, height]))
-    masks = None if detections.masks is None else detections.masks.detach().cpu().float()
-    found = []
-    for i, (box, label, score) in enumerate(
-        zip(boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), strict=True)
-    ):
-        rle = None if masks is None else encode_rle(paste_mask(masks[i], box, placement.original))
-        found.append((Instance(label, (box[0], box[1], box[2], box[3]), rle), score))
-    return found
+    probabilities = None if detections.masks is None else detections.masks.detach().cpu().float()
+    masks = [None] * len(boxes) if probabilities is None else rles_of(probabilities, boxes, placement.original)
+    return [
+        (Instance(label, (box[0], box[1], box[2], box[3]), rle), score)
+        for box, label, score, rle in zip(
+            boxes.tolist(), detections.labels.tolist(), detections.scores.tolist(), masks, strict=True
+        )
+    ]
+
+
+def rles_of(probabilities: Tensor, boxes: Tensor, size: Size) -> list[Rle]:
+    """The masks of an image from probabilities within boxes, as compressed RLE.
+
+    probabilities: (boxes, side, side). boxes: (boxes, 4), float64, x1 y1 x2 y2, pixels. size: of the image.
+    """
+    return [encode_window(mask, top, left, size) for top, left, mask in pasted(probabilities, boxes, size)]
 
 
 def paste_mask(probabilities: Tensor, box: list[float], size: Size) -> NDArray[np.bool_]:
-    """A mask of the whole image from probabilities within a box, bilinear at pixel centres.
+    """A mask of the whole image from probabilities within a box: (height, width).
 
-    probabilities: (side, side). box: x1 y1 x2 y2, pixels. Returns (height, width).
+    probabilities: (side, side). box: x1 y1 x2 y2, pixels.
     """
-    mask = np.zeros(size, dtype=bool)
-    x1, y1, x2, y2 = box
-    left, top = int(x1), int(y1)
-    right, bottom = min(size[1], int(np.ceil(x2))), min(size[0], int(np.ceil(y2)))
-    if right <= left or bottom <= top or x2 <= x1 or y2 <= y1:
-        return mask
+    whole = np.zeros(size, dtype=bool)
+    ((top, left, mask),) = pasted(probabilities[None], torch.tensor([box], dtype=torch.float64), size)
+    whole[top : top + mask.shape[0], left : left + mask.shape[1]] = mask
+    return whole
+
+
+def pasted(probabilities: Tensor, boxes: Tensor, size: Size) -> list[tuple[int, int, NDArray[np.bool_]]]:
+    """(top, left, the mask from there on) of each box, bilinear at pixel centres; see `rles_of`."""
+    empty = np.zeros((0, 0), dtype=bool)
+    found = [(0, 0, empty)] * len(boxes)
+    starts = boxes[:, :2].long()
+    stops = boxes[:, 2:].ceil().long().minimum(torch.tensor(size).flip(0))
+    sides = (stops - starts).clamp(min=0) * (boxes[:, 2:] > boxes[:, :2])
+    order = (sides[:, 0] * sides[:, 1]).argsort()
+    areas = (sides[:, 0] * sides[:, 1])[order].tolist()
+    at = next((i for i, area in enumerate(areas) if area), len(areas))
+    while at < len(areas):  # boxes of about one size together
+        stop = at + 1
+        while stop < len(areas) and areas[stop] * (stop + 1 - at) <= PIXELS_AT_ONCE:
+            stop += 1
+        own = order[at:stop]
+        masks = _within(probabilities[own], boxes[own], starts[own], sides[own].amax(0).tolist())
+        for i, mask, (left, top), (width, height) in zip(
+            own.tolist(), masks, starts[own].tolist(), sides[own].tolist(), strict=True
+        ):
+            found[i] = top, left, mask[:height, :width]
+        at = stop
+    return found
+
+
+def _within(probabilities: Tensor, boxes: Tensor, starts: Tensor, most: list[int]) -> NDArray[np.bool_]:
+    """The masks of boxes from their starts on, (boxes, most rows, most columns). most: columns and rows."""
     side = probabilities.shape[-1]
-    x = ((torch.arange(left, right) + 0.5 - x1) / (x2 - x1) * side - 0.5).clamp(0, side - 1)
-    y = ((torch.arange(top, bottom) + 0.5 - y1) / (y2 - y1) * side - 0.5).clamp(0, side - 1)
-    values = _lerp(_lerp(probabilities, y, 0), x, 1)
-    mask[top:bottom, left:right] = (values >= MASK_THRESHOLD).numpy()
-    return mask
+    first, extent = boxes[:, :2].float(), (boxes[:, 2:] - boxes[:, :2]).float()
+    x, y = (
+        ((starts[:, axis, None] + torch.arange(most[axis]) + 0.5 - first[:, axis, None]) / extent[:, axis, None] * side)
+        .sub(0.5)
+        .clamp(0, side - 1)
+        for axis in (0, 1)
+    )
+    rows = _lerp(probabilities, y)
+    return (_lerp(rows.mT.contiguous(), x).mT >= MASK_THRESHOLD).numpy()
 
 
-def _lerp(values: Tensor, at: Tensor, axis: int) -> Tensor:
+def _lerp(values: Tensor, at: Tensor) -> Tensor:
+    """Values between two neighbours: (boxes, places, columns). values: (boxes, rows, columns). at: (boxes, places)."""
     low = at.floor().long()
-    high = (low + 1).clamp(max=values.shape[axis] - 1)
-    part = (at - low).to(values.dtype)
-    part = part[:, None] if axis == 0 else part
-    return torch.lerp(values.index_select(axis, low), values.index_select(axis, high), part)
+    high = (low + 1).clamp(max=values.shape[1] - 1)
+    own = torch.arange(len(values))[:, None]
+    return torch.lerp(values[own, low], values[own, high], (at - low)[:, :, None].to(values.dtype))

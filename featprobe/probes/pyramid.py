@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, interpolate, max_pool2d, pad
+from torch.nn.functional import conv2d, conv_transpose2d, interpolate, max_pool2d
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
@@ -306,8 +306,7 @@ class TopDown(Pyramid):
             if times == 1:
                 own = conv2d(m, kernel.contiguous(memory_format=torch.channels_last), padding=1)
             else:
-                kernel = upsampling_kernel(kernel, times).contiguous(memory_format=torch.channels_last)
-                own = conv_transpose2d(m, kernel, stride=times, padding=1)
+                own = conv_transpose2d(m, upsampling_kernel(kernel, times), stride=times, padding=1)
             total = own if total is None else total.add_(own)
         assert total is not None
         return total, cells_inside(features.content, (total.shape[2], total.shape[3]), self.strides[0])
@@ -343,13 +342,17 @@ def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
     """The weights that make a transposed convolution of this stride, padded by 1, equal upsampling and a 3x3 one.
 
     Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
-    times + 2, times + 2).
+    times + 2, times + 2), channels last in memory.
 
     >>> upsampling_kernel(torch.tensor([[[[1., 2., 3.], [0., 0., 0.], [0., 0., 0.]]]]), 2)[0, 0].int().tolist()
     [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
     """
-    spread = pad(weight.flip(2, 3), (times - 1,) * 4)
-    return (avg_pool2d(spread, times, 1) * times**2).transpose(0, 1)
+    size = times + 2
+    behind = torch.arange(size, device=weight.device)[:, None] - torch.arange(2, -1, -1, device=weight.device)
+    along = ((behind >= 0) & (behind < times)).to(weight.dtype)  # (size, 3): which weights a row or column sums
+    rows = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (width, 9, outputs)
+    found = torch.bmm(torch.kron(along, along).expand(len(rows), -1, -1), rows)
+    return found.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
 class SimplePyramid(Pyramid):

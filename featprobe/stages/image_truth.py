@@ -1,6 +1,7 @@
 """What is known of the images of a cache, or of their tiles: from labels of images, from masks or from objects."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -11,11 +12,28 @@ from featprobe.cache.held_file import HeldFile
 from featprobe.errors import ProbeError
 from featprobe.geometry import IDENTITY
 from featprobe.image_labels import UNKNOWN, ImageLabels, ImageTruth, LabelNames, Unit, encode, names_by
+from featprobe.io.threads import each
 from featprobe.specs import Rows
-from featprobe.targets import IGNORE, Instance, Labels, decode_rle
+from featprobe.targets import IGNORE, Instance, decode_rle, values_in
 
 _held: WeakKeyDictionary[HeldFile, dict[Unit, NDArray[np.uint8]]] = WeakKeyDictionary()
 """The classes of each unit, per open file: a cache under another split has the same labels."""
+_values: WeakKeyDictionary[HeldFile, dict[str, dict[int, tuple[int, ...]]]] = WeakKeyDictionary()
+"""The values in the masks of whole images and of rows, likewise."""
+
+
+def mask_values(cache: Cache, of: Literal["images", "rows"], indices: Sequence[int]) -> list[tuple[int, ...]]:
+    """The values that the mask of each of these images or rows holds, ascending.
+
+    Each mask is decoded once per open file, in several threads. Raises CacheError where one is damaged or has no mask.
+    """
+    whole = of == "images" or not cache.recipe.in_parts
+    known = _values.setdefault(cache.contents.file, {}).setdefault("images" if whole else "rows", {})
+    read = cache.image_semantic if whole else cache.semantic
+    lacking = [i for i in indices if i not in known]
+    found = each(lambda i: tuple(values_in(read(i))), lacking)
+    known.update(zip(lacking, found, strict=True))
+    return [known[i] for i in indices]
 
 
 def units_of(cache: Cache, rows: Rows, unit: Unit) -> Rows:
@@ -126,23 +144,24 @@ def _classes_held(cache: Cache, unit: Unit) -> NDArray[np.uint8]:
 def _each_held(cache: Cache, unit: Unit) -> Iterator[set[int] | None]:
     """The classes of each unit, counted from 0 without the background; None where nothing is known."""
     of_tiles = unit == "tile"
-    views = cache.rows.column("view") if of_tiles else []
-    for i, row in enumerate(cache.rows if of_tiles else cache.images):
-        if of_tiles and views[i] != IDENTITY:
-            yield None
-        elif row.semantic:
-            yield _of_mask(cache.semantic(i) if of_tiles else cache.image_semantic(i))
-        elif row.instances:
+    table = cache.rows if of_tiles else cache.images
+    plain = [view == IDENTITY for view in cache.rows.column("view")] if of_tiles else [True] * len(table)
+    drawn, listed = (table.labelled(kind) for kind in ("semantic", "instances"))
+    masked = np.flatnonzero(drawn & np.array(plain, dtype=bool)).tolist()
+    values = dict(zip(masked, mask_values(cache, "rows" if of_tiles else "images", masked), strict=True))
+    for i, as_it_is in enumerate(plain):
+        if i in values:
+            yield _of_mask(values[i])
+        elif as_it_is and listed[i]:
             yield _of_objects(cache.instances(i) if of_tiles else cache.image_instances(i))
         else:
             yield None
 
 
-def _of_mask(labels: Labels) -> set[int] | None:
-    """The classes in a mask; None where it holds no class, but an ignored region."""
-    found = set(np.flatnonzero(np.bincount(labels.ravel())).tolist()) - {0}
-    held = {value - 1 for value in found - {IGNORE}}
-    return held if held or IGNORE not in found else None
+def _of_mask(values: tuple[int, ...]) -> set[int] | None:
+    """The classes in a mask of these values; None where it holds no class, but an ignored region."""
+    held = {value - 1 for value in values if value not in (0, IGNORE)}
+    return held if held or IGNORE not in values else None
 
 
 def _of_objects(instances: tuple[Instance, ...]) -> set[int] | None:

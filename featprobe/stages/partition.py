@@ -1,6 +1,6 @@
 """The rows of a cache that are trained on, chosen on and scored, and those of a part of the training split."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,9 @@ from featprobe.errors import DataError, ProbeError
 from featprobe.image_labels import UNKNOWN, LabelNames
 from featprobe.specs import Rows, digest
 from featprobe.splitting import SPLITS_BY, SplitChoice
+from featprobe.stages.image_truth import mask_values
 from featprobe.stages.row_images import images_of
-from featprobe.targets import IGNORE, Target
+from featprobe.targets import IGNORE, Instance, Target, values_in
 
 SCARCE_FIRST: Mapping[str, float] = {split: SHARES[split] for split in ("train", "test", "val")}
 """The shares in the order in which they are given a class of fewer than three groups."""
@@ -203,14 +204,10 @@ def split_notes(cache: Cache, choice: SplitChoice) -> list[str]:
 def classes_of(cache: Cache) -> Classes:
     """The classes in each image of a cache but the background, from its mask and its objects."""
     if cache not in _classes:
-        _classes[cache] = [
-            classes_in(Target(
-                cache.image_semantic(i) if image.semantic else None,
-                cache.image_instances(i) if image.instances else None,
-                labels=held,
-            ))
-            for i, (image, held) in enumerate(zip(cache.images, labels_held(cache), strict=True))
-        ]  # fmt: skip
+        drawn, listed = (np.flatnonzero(cache.images.labelled(kind)).tolist() for kind in ("semantic", "instances"))
+        values = dict(zip(drawn, mask_values(cache, "images", drawn), strict=True))
+        objects = {i: cache.image_instances(i) for i in listed}
+        _classes[cache] = [_held(values.get(i), objects.get(i), own) for i, own in enumerate(labels_held(cache))]
     return _classes[cache]
 
 
@@ -229,12 +226,14 @@ def names_held(tasks: Sequence[str], classes: Sequence[str], names: LabelNames |
 
 def classes_in(target: Target) -> set[int]:
     """The classes that an image holds but the background; its labels, where it has only labels as a whole."""
-    if target.semantic is None and target.instances is None:
-        return set(target.labels or ())
-    found = {instance.category for instance in target.instances or () if not instance.crowd}
-    if target.semantic is not None:
-        found |= set(np.flatnonzero(np.bincount(target.semantic.ravel())).tolist())
-    return found - {0, IGNORE}
+    return _held(None if target.semantic is None else values_in(target.semantic), target.instances, target.labels)
+
+
+def _held(values: Iterable[int] | None, instances: Iterable[Instance] | None, labels: Iterable[int] | None) -> set[int]:
+    """The same, from the values in its mask, its objects and its labels."""
+    if values is None and instances is None:
+        return set(labels or ())
+    return {*(values or ()), *(one.category for one in instances or () if not one.crowd)} - {0, IGNORE}
 
 
 def training_subset(

@@ -18,6 +18,7 @@ from featprobe.geometry import MOST_PIXELS, Fit, Size, parse_size
 from featprobe.image_labels import ImageLabels
 from featprobe.io.disk import below, read_json, write_whole
 from featprobe.io.fields import Fault, limits, made
+from featprobe.io.threads import in_threads
 from featprobe.kinds import HeadKind, kind_of, kinds_of
 from featprobe.machine import available_memory, free_disk, minutes_text
 from featprobe.scores import SCORES
@@ -28,7 +29,6 @@ from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import READ_AS, ExtractOptions
 from featprobe.stages.extraction.plan import Plan, plan
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.threads import in_threads
 from featprobe.stages.training.agenda import Agenda, alike, foreseen_each
 from featprobe.stages.training.asked import checked as with_defaults
 from featprobe.stages.training.probe import show

@@ -13,7 +13,9 @@ from helpers import recipe_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
+from torchvision.ops import nms
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.errors import ProbeError
@@ -29,6 +31,7 @@ from featprobe.probes import (
     ObjectHead,
     ObjectTarget,
     build_head,
+    detections,
     execution,
     fingerprint,
     load_head,
@@ -38,12 +41,19 @@ from featprobe.probes import (
     save_head,
 )
 from featprobe.probes.detections import (
+    Candidates,
     ObjectBatch,
     anchor_sizes,
     detection_strides,
+    found_at_once,
     object_sides,
     on_host,
+    packed,
+    sampled,
     side_ranges,
+    suppress,
+    survivors,
+    unpacked,
 )
 from featprobe.probes.fcos import assign, grid_of
 from featprobe.probes.heads import BUILDERS
@@ -178,11 +188,44 @@ def crowded_targets(frame: tuple[int, int]) -> list[ObjectTarget]:
     return [replace(t, crowds=crowds[: 2 - i]) for i, t in enumerate(some_targets(frame))]
 
 
+class InOrder:
+    """Takes the first candidates instead of random ones, as torchvision's sampler is asked for them."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.batch_size_per_image, self.positive_fraction = sampler.batch_size_per_image, sampler.positive_fraction
+
+    def __call__(self, labels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        most = int(self.batch_size_per_image * self.positive_fraction)
+        positive = [(own >= 1) & ((own >= 1).cumsum(0) <= most) for own in labels]
+        left = [self.batch_size_per_image - own.sum() for own in positive]
+        negative = [(own == 0) & ((own == 0).cumsum(0) <= n) for own, n in zip(labels, left, strict=True)]
+        return [own.to(torch.uint8) for own in positive], [own.to(torch.uint8) for own in negative]
+
+
+def keys_in_order(batch: ObjectBatch, name: str, *shape: int) -> Tensor:
+    """Keys for the same choice, see ObjectBatch.keys."""
+    return torch.linspace(0.9, 0.1, shape[-1]).expand(shape)
+
+
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes heads with regions learn from the first candidates, whichever way they compute."""
+
+    def of(head: Any) -> Any:
+        monkeypatch.setattr(ObjectBatch, "keys", keys_in_order)
+        for part in (getattr(head, "rpn", None), getattr(head, "regions", None)):
+            if part is not None:
+                part.fg_bg_sampler = InOrder(part.fg_bg_sampler)
+        return head
+
+    return of
+
+
 @pytest.mark.parametrize("levels_name", FRAMES)
 @pytest.mark.parametrize("padded", ["whole", "cells end with the image", "cells end within"])
 @pytest.mark.parametrize("wide", [1, 8], ids=["as they are", "more channels"])
 def test_few_operations_and_pieces_are_the_same_function(
-    kind: tuple[str, str], levels_name: str, padded: str, wide: int, monkeypatch: pytest.MonkeyPatch
+    kind: tuple[str, str], levels_name: str, padded: str, wide: int, in_order: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Value, every gradient, running statistics, and what comes out in evaluation, in float64."""
     levels, frame = FRAMES[levels_name]
@@ -193,7 +236,7 @@ def test_few_operations_and_pieces_are_the_same_function(
     }  # fmt: skip
     features = random_features(levels, frame, contents[padded]).to("cpu", torch.float64)
     torch.manual_seed(0)
-    head = build_head(recipe_for(*kind), levels).double()
+    head = in_order(build_head(recipe_for(*kind), levels).double())
     start = {name: value.clone() for name, value in head.state_dict().items()}
     every: list[dict[str, Tensor]] = []
     for whole in (False, True):
@@ -212,6 +255,36 @@ def test_few_operations_and_pieces_are_the_same_function(
     assert every[0].keys() == every[1].keys()
     for name, value in every[0].items():
         assert torch.allclose(every[1][name].double(), value.double(), rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.parametrize("kind", [("detect", "fasterrcnn"), ("instseg", "maskrcnn")], ids=lambda own: own[1])
+@pytest.mark.parametrize("count", [3, 20])
+def test_heads_with_regions_learn_from_few_and_many_objects_either_way(
+    kind: tuple[str, str], count: int, in_order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a frame whose rows are no whole bytes, with masks at its border; 16 objects are the most that are sampled."""
+    levels, frame = (FeatureLevel("block", 10, 14),), (56, 84)
+    rng, features = torch.Generator().manual_seed(0), random_features(levels, frame).to("cpu", torch.float64)
+    targets = []
+    for own in (count, count // 2):
+        corners = torch.rand(own, 2, generator=rng, dtype=torch.float64) * 40
+        boxes = torch.cat([corners, corners + 14], 1)
+        boxes[0] = torch.tensor([60.0, 30.0, 84.0, 56.0])
+        masks = torch.zeros(own, *frame, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.round().int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = torch.rand(y2 - y1, x2 - x1, generator=rng) < 0.7
+        targets.append(ObjectTarget(boxes, torch.randint(1, 3, (own,), generator=rng), masks, torch.zeros(0, 4)))
+    torch.manual_seed(0)
+    head = in_order(build_head(recipe_for(*kind), levels).double()).train()
+    every = []
+    for whole in (False, True):
+        monkeypatch.setattr(execution, "whole_batches", lambda device, whole=whole: whole)
+        head.zero_grad()
+        loss = head(features, targets)
+        loss.backward()
+        every.append([loss.detach(), *(p.grad.clone() for p in head.parameters())])
+    for pieces, few in zip(*every, strict=True):
+        assert torch.allclose(few, pieces, rtol=1e-6, atol=1e-9)
 
 
 def test_the_finest_map_need_not_be_made() -> None:
@@ -485,6 +558,96 @@ def test_a_vits_levels_become_a_pyramid_or_stay_as_they_are() -> None:
     assert plain.strides == (16,) and plain.levels == VIT
     of_14: Any = build_head(HeadRecipe("detect", "fcos", CLASSES), [FeatureLevel("block11", 10, 14)])
     assert of_14.strides == (7, 14, 28)
+
+
+# ---- what is sampled, and what stays ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from([-1, 0, 0, 1]), min_size=1, max_size=40), most=st.integers(1, 12),
+    share=st.sampled_from([0.25, 0.5]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_samples_are_as_many_as_torchvision_draws(labels: list[int], most: int, share: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    own, positive = torch.tensor(labels), int(most * share)
+    place, is_positive, counted = sampled(own[None] == 1, own[None] == 0, torch.rand(1, len(own)), positive, most)
+    theirs = [part[0].sum() for part in BalancedPositiveNegativeSampler(most, share)([own.float()])]
+    assert [is_positive.sum(), (counted & ~is_positive).sum()] == theirs
+    assert (own[place[is_positive]] == 1).all() and (own[place[counted & ~is_positive]] == 0).all()
+    assert len(set(place[counted].tolist())) == int(counted.sum()), "each at most once"
+    assert not is_positive[:, positive:].any(), "positive ones come first"
+
+
+def test_every_candidate_is_sampled_as_often_as_the_others() -> None:
+    torch.manual_seed(0)
+    labels = torch.tensor([1, 1, 1, 0, 0, 0, 0, -1]).expand(4000, -1)
+    place, _, counted = sampled(labels == 1, labels == 0, torch.rand(4000, 8), 2, 4)
+    often = torch.bincount(place[counted], minlength=8) / 4000
+    assert torch.allclose(often, torch.tensor([2 / 3] * 3 + [1 / 2] * 4 + [0.0]), atol=0.04)
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 60), spread=st.floats(1, 40), iou=st.sampled_from([0.3, 0.5, 0.7]), seed=st.integers(0, 99))
+def test_boxes_that_stay_are_those_of_greedy_suppression(count: int, spread: float, iou: float, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    corners = spread * torch.rand(2, count, 2, generator=rng, dtype=torch.float64)
+    boxes = torch.cat([corners, corners + 5 + 10 * torch.rand(2, count, 2, generator=rng)], 2)
+    real, scores = torch.rand(2, count, generator=rng) < 0.8, torch.linspace(1, 0.5, count, dtype=torch.float64)
+    every, some = (survivors(boxes, real, iou, rounds).bool() for rounds in (None, 63))
+    for group in range(2):
+        own = real[group].nonzero()[:, 0]
+        wanted = own[nms(boxes[group, own], scores[own], iou)]
+        assert every[group].nonzero()[:, 0].tolist() == sorted(wanted.tolist())
+    assert torch.equal(some, every), "no chain is so long"
+
+
+def test_of_a_long_chain_of_boxes_only_those_that_are_settled_stay() -> None:
+    start = 2.0 * torch.arange(100)
+    chain = torch.stack([start, 0 * start, start + 10, 0 * start + 10], 1)[None]  # each overlaps the next by two thirds
+    real = torch.ones(1, 100, dtype=torch.bool)
+    every, some = (survivors(chain, real, 0.5, rounds)[0] for rounds in (None, 21))
+    assert every.tolist() == [1, 0] * 50
+    assert some[:20].tolist() == [1, 0] * 10 and not some[22:].any()
+
+
+@pytest.mark.parametrize("at_once", [10**6, 0])
+@pytest.mark.parametrize("first", [1000, 250, 20])
+@pytest.mark.parametrize("floor", [0.3, 1.0], ids=["some", "nothing"])
+def test_detections_of_a_batch_are_those_of_its_images(
+    at_once: int, first: int, floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detections, "PAIRED_AT_ONCE", at_once)
+    monkeypatch.setattr(detections, "BEST_FIRST", first)
+    rng = torch.Generator().manual_seed(0)
+    corners = 60 * torch.rand(3, 400, 2, generator=rng)
+    boxes = torch.cat([corners, corners + 20 * torch.rand(3, 400, 2, generator=rng) - 1], 2)  # some without an area
+    labels = torch.randint(1, 4, (3, 400), generator=rng)
+    scores = torch.rand(3, 400, generator=rng) * torch.tensor([[1.0], [0.0], [1.0]])  # nothing in the second
+    found = found_at_once(Candidates(boxes, labels, scores, 0.4, floor))
+    for one, own, label, score in zip(found, boxes, labels, scores, strict=True):
+        kept = suppress(own, score, label, 0.4, floor)
+        assert torch.equal(one.boxes, own[kept]) and torch.equal(one.scores, score[kept])
+        assert torch.equal(one.labels, label[kept]) and one.masks is None
+    assert (len(found[0].boxes) > 20) == (floor < 1)
+
+
+@pytest.mark.parametrize("width", [1, 16, 21])
+def test_masks_come_back_from_a_bit_a_pixel(width: int) -> None:
+    masks = (torch.rand(3, 5, width, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
+    assert packed(masks).shape == (3, 5, -(-width // 8)) and torch.equal(unpacked(packed(masks), width), masks)
+
+
+def test_heads_that_train_on_one_batch_draw_the_same_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    levels, frame = FRAMES["four levels"]
+    torch.manual_seed(0)
+    head: Any = build_head(recipe_for("detect", "fasterrcnn"), levels).train()
+    features, every = random_features(levels, frame), ObjectBatch.of(some_targets(frame))
+    first, again, other = (
+        head.batch_loss(features, batch).item() for batch in (every, every, every.at(torch.tensor([0, 1])))
+    )
+    assert first == again != other
 
 
 # ---- objects and levels ----------------------------------------------------------------------------------------------

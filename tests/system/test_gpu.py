@@ -1,5 +1,6 @@
 """What needs a card: equality with the CPU within stated bounds, kills, the captured step, features that lie there."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -132,6 +133,21 @@ def test_a_recorded_step_trains_what_one_that_is_taken_anew_trains(
     monkeypatch.setenv("FEATPROBE_RECORD", "0")
     _, anew = trained(extracted, head, task, **how)
     assert apart(recorded, anew) <= 2e-2
+
+
+@pytest.mark.parametrize(("task", "head"), [("detect", "fasterrcnn"), ("instseg", "maskrcnn")])
+def test_heads_with_regions_train_on_a_card_recorded_or_not(
+    task: str, head: str, extracted: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They draw their samples at random, in another order where a step is recorded: the losses are near each other."""
+    losses = []
+    for record in ("1", "0"):
+        monkeypatch.setenv("FEATPROBE_RECORD", record)
+        row, weights = trained(extracted, head, task)
+        assert all(bool(value.isfinite().all()) for value in weights.values())
+        card = json.loads((extracted.probes / row["folder"] / "card.json").read_text())
+        losses.append([point["loss"] for point in card["curve"]])
+    assert losses[0][-1] < losses[0][0] and losses[1] == pytest.approx(losses[0], rel=0.2)
 
 
 def test_a_recorded_bank_trains_what_one_that_is_taken_anew_trains(

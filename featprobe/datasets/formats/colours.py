@@ -1,6 +1,6 @@
 """Reader for masks that code their classes as colours, in images/ and masks/ or NAME_images/ and NAME_masks/."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,9 @@ from featprobe.datasets.values import to_numbers
 from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.io.pictures import MASK_FORMATS, picture
-from featprobe.targets import IGNORE, Labels, Target
+from featprobe.io.threads import in_threads
+from featprobe.machine import usable_cores
+from featprobe.targets import IGNORE, Labels, Target, numbered, runs_of
 
 COLOURED = ("RGB", "RGBA")
 LEFT_OUT = "ignore"  # a colour of this name is ignored
@@ -128,7 +130,7 @@ def read_codes(path: Path) -> NDArray[np.int32]:
 def _labels(named: Mapping[int, str], classes: Sequence[str], path: Path) -> Labels:
     """(height, width) class indices of a mask; raises DataError for a colour without a name."""
     codes = read_codes(path)
-    found, inverse = np.unique(codes, return_inverse=True)
+    found, places = numbered(codes)
     unknown = [_hex(int(code)) for code in found if int(code) not in named]
     if unknown:
         raise DataError(
@@ -139,20 +141,26 @@ def _labels(named: Mapping[int, str], classes: Sequence[str], path: Path) -> Lab
         )
     names = [named[int(code)] for code in found]
     index = np.array([IGNORE if n == LEFT_OUT else classes.index(n) for n in names], dtype=np.uint8)
-    return index[inverse.reshape(codes.shape)]
+    return index[places]
 
 
-def _colours_in(paths: Iterable[Path], root: Path) -> dict[int, str]:
+def _colours_in(paths: Sequence[Path], root: Path) -> dict[int, str]:
     """The colours in all masks, with hex codes as names. Unreadable masks are skipped: reading their labels raises."""
     found: set[int] = set()
-    for path in paths:
+
+    def look(path: Path) -> list[int]:
         with suppress(DataError):
-            found |= set(np.unique(read_codes(path)).tolist())
-        if len(found) >= IGNORE:
-            raise DataError(
-                f"{path} and the masks before it hold {len(found)} colours or more. wanted: at most {IGNORE - 1}, "
-                "one per class. Smoothed or JPEG-compressed masks can't be read."
-            )
+            return np.unique(runs_of(read_codes(path))[0]).tolist()
+        return []
+
+    with in_threads(look, paths, usable_cores()) as results:
+        for path, own in zip(paths, results, strict=True):
+            found.update(own)
+            if len(found) >= IGNORE:
+                raise DataError(
+                    f"{path} and the masks before it hold {len(found)} colours or more. wanted: at most {IGNORE - 1}, "
+                    "one per class. Smoothed or JPEG-compressed masks can't be read."
+                )
     return {code: _hex(code) for code in sorted(found)}
 
 

@@ -21,13 +21,15 @@ from featprobe.datasets.objects import Tally, check_size, mask_instance, read_cl
 from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, split_of, splits_below, tasks_of
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
-from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances
+from featprobe.io.threads import each
+from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels, semantic_from_instances, values_in
 
 PLAIN = ("train", "val", "valid", "validation", "test")
 """Names of split folders, of which a set needs one; a set with only other words (Train/) is read as `pairs`."""
 
-Reader = Callable[[Path], tuple[Labels, NDArray[np.bool_]]]
-"""Reads the labels of a mask, and which pixels its header calls empty, both (height, width)."""
+Reader = Callable[[Path], tuple[Labels, NDArray[np.bool_] | None]]
+"""Reads the labels of a mask, and which pixels its header calls empty, both (height, width); None where it calls none
+empty."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def index_targets(
         if binary:
             check_labels(labels, len(classes), str(path))  # grey edges have labels that are too high
         if binary or (instances_too and len(classes) == 2 and _drawn(labels, empty) <= {IGNORE}):
-            labels = np.where(empty, IGNORE, labels > 0).astype(np.uint8)
+            labels = (labels > 0).view(np.uint8)
+            if empty is not None:
+                labels[empty] = IGNORE
         check_labels(labels, len(classes), str(path))
         return labels
 
@@ -192,7 +196,7 @@ def read_mask(path: Path) -> Labels:
     mode, values = stored_pixels(path)
     if mode not in ("P", "L", "1") and not mode.startswith("I"):
         raise DataError(f"{path} is a coloured mask ({mode}). wanted: class indices, as grey levels or a palette.")
-    if values.max(initial=0) > 255 or values.min(initial=0) < 0:
+    if values.dtype != np.uint8 and (values.max(initial=0) > 255 or values.min(initial=0) < 0):
         raise DataError(f"{path} holds labels up to {values.max()}. wanted: 0 to 255.")
     return values.astype(np.uint8)
 
@@ -217,15 +221,14 @@ def _object(labels: Labels, path: Path) -> Instance:
     return mask_instance(int(kinds[0]), labels > 0)
 
 
-def _with_empty(read: Callable[[Path], Labels], path: Path) -> tuple[Labels, NDArray[np.bool_]]:
+def _with_empty(read: Callable[[Path], Labels], path: Path) -> tuple[Labels, NDArray[np.bool_] | None]:
     """(height, width) labels of a mask, and which pixels its header calls empty: 255 there is not drawn."""
-    labels, empty = read(path), called_empty(path)
-    return labels, np.zeros(labels.shape, dtype=np.bool_) if empty is None else empty
+    return read(path), called_empty(path)
 
 
-def _drawn(labels: Labels, empty: NDArray[np.bool_]) -> set[int]:
+def _drawn(labels: Labels, empty: NDArray[np.bool_] | None) -> set[int]:
     """The labels above 0 that are drawn in a mask."""
-    return set(np.flatnonzero(np.bincount(labels[~empty], minlength=256)).tolist()) - {0}
+    return set(values_in(labels if empty is None else labels[~empty])) - {0}
 
 
 def _check_classes_drawn(paths: Sequence[Path], root: Path, classes: Sequence[str], read: Reader) -> None:
@@ -258,17 +261,22 @@ def _is_binary(paths: Sequence[Path], root: Path, read: Reader) -> tuple[bool, l
     and 1, and none holds both, so that 255 may mean either.
     """
     full, index, both, hidden = Tally(), Tally(), Tally(), Tally()
-    for path in paths:
+
+    def look(path: Path) -> tuple[set[int], bool]:
         with suppress(DataError):
             labels, empty = read(path)
             seen = _drawn(labels, empty)
-            if seen:
-                if IGNORE in seen and seen - {1, IGNORE}:  # a mask with grey edges does not count; reading it raises
-                    continue
-                kind = full if seen == {IGNORE} else both if IGNORE in seen else index
-                kind.add(path.relative_to(root))
-            elif (labels[empty] == IGNORE).any():
-                hidden.add(path.relative_to(root))
+            return seen, not seen and empty is not None and bool((labels[empty] == IGNORE).any())
+        return set(), False
+
+    for path, (seen, under_empty) in zip(paths, each(look, paths), strict=True):
+        if IGNORE in seen and seen - {1, IGNORE}:  # a mask with grey edges does not count; reading it raises
+            continue
+        if seen:
+            kind = full if seen == {IGNORE} else both if IGNORE in seen else index
+            kind.add(path.relative_to(root))
+        elif under_empty:
+            hidden.add(path.relative_to(root))
     if hidden.count and not full.count + index.count + both.count:
         held = counted(hidden.count, "mask has", "masks have")
         return False, [f"no mask holds a class: {held} pixels that a header calls empty, which are ignored ({hidden})"]

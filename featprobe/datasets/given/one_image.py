@@ -17,7 +17,7 @@ from featprobe.datasets.values import shown
 from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
 from featprobe.io.pictures import check_claim
-from featprobe.targets import IGNORE, Instance, Labels, Target
+from featprobe.targets import IGNORE, Instance, Labels, Target, values_in
 
 Bits = Literal[8, 16, 32]
 """How many bits fractions stand for; 32: they are levels of their own, kept as float32."""
@@ -125,8 +125,8 @@ class Wanted:
             wanted = f"{size}, as its image"
             raise DataError(f"{where}: a mask of the shape {values.shape}. wanted: {wanted}.")
         fits = values.min() >= 0 and values.max() <= IGNORE
-        held = np.flatnonzero(np.bincount(values.astype(np.uint8).ravel())) if fits else np.unique(values)
-        beyond = [v for v in held.tolist() if not 0 <= v < len(self.classes) and v != IGNORE]
+        held = values_in(values.astype(np.uint8)) if fits else np.unique(values).tolist()
+        beyond = [v for v in held if not 0 <= v < len(self.classes) and v != IGNORE]
         if beyond:
             raise DataError(
                 f"{where}: a mask with {listed(list(map(str, beyond)), SHOWN)}. wanted: 0 to {len(self.classes) - 1}, "

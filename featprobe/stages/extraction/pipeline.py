@@ -271,8 +271,11 @@ class Filler:
         """Features of a block's images on the device as the cache stores them; whether each is finite, (images,)."""
         with computing(self.job.recipe.precision, self.device):
             features = self.backbone(images)
-        content = torch.tensor([row.placement.content for row in self.job.rows[slice(*block)]], device=self.device)
-        maps, finite = stored_features(replace(features, content=content), self.job.recipe)
+        if self.job.recipe.store == "pooled":
+            sizes = [row.placement.content for row in self.job.rows[slice(*block)]]
+            content = torch.tensor(sizes, pin_memory=self.device.type == "cuda")  # so that sending it waits for nothing
+            features = replace(features, content=content.to(self.device, non_blocking=True))
+        maps, finite = stored_features(features, self.job.recipe)
         if self._downloads is not None:  # a GPU puts channels first in no time; else the threads that write do it
             maps = {n: m.contiguous() for n, m in maps.items()}
         return maps, finite

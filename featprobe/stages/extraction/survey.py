@@ -18,11 +18,11 @@ from featprobe.datasets.set_notes import copies_in, copy_notes
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Placement, Size, default_size, place
 from featprobe.intensity import Intensity, default_intensity
+from featprobe.io.threads import in_threads
 from featprobe.specs import RECIPE_VERSION, DataInfo, FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.parts import parts_of
 from featprobe.stages.progress import counting
-from featprobe.stages.threads import in_threads
 from featprobe.targets import IGNORE, decode_semantic, encode_instances, encode_semantic
 
 CLIPPED_WARNING = 0.01

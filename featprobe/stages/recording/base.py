@@ -11,7 +11,8 @@ from featprobe.metrics.defects.overlaps import finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
 from featprobe.probes import Head
 from featprobe.processes import gathered
-from featprobe.stages.recording.map_calls import calls_of_map
+from featprobe.stages.recording.handed import Findings
+from featprobe.stages.recording.map_calls import calls_at_bases
 from featprobe.stages.recording.meetings import overlaps_of_map
 from featprobe.stages.recording.recorder import Recorder, SplitTruth
 from featprobe.stages.recording.watch import Watch
@@ -55,12 +56,14 @@ def record_validation(
 ) -> Recording | None:
     """Choose each head's base, record what it finds on validation, and make ready for test; None without any score.
 
-    The features of validation are read once more, for maps of probabilities twice, for other maps three times.
+    The features of validation are read once more where memory holds the maps of its images, else for maps of
+    probabilities twice, and for other maps three times.
     """
     if prepared.task.handed == "nothing":
         return None
     val, test = (_truth(prepared, split) for split in ("val", "test"))
-    bases, come_from = _bases(prepared, heads, source, val, rule)
+    found = Findings(prepared, heads, source, "val")
+    bases, come_from = _bases(found, val, rule)
     notes = [*val.table.notes, *test.table.notes]
     if come_from == "default":
         said = ", ".join(f"{base:.3g}" for base in dict.fromkeys(bases))
@@ -69,9 +72,9 @@ def record_validation(
             "are joined to calls"
         )
     watch = Recorder(val, bases, rule)
-    prepared.evaluate(heads, source, prepared.rows["val"], watch)
-    found = watch.records([_about(prepared, rule, base, come_from) for base in bases])
-    return Recording(tuple(found), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
+    found.hand_to(watch, last=True)
+    records = watch.records([_about(prepared, rule, base, come_from) for base in bases])
+    return Recording(tuple(records), Recorder(test, bases, rule), tuple(dict.fromkeys(notes)))
 
 
 def _truth(prepared: Prepared, split: str) -> SplitTruth:
@@ -89,30 +92,29 @@ def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal[
     )  # fmt: skip
 
 
-def _bases(
-    prepared: Prepared, heads: Sequence[Head], source: Source, truth: SplitTruth, rule: FoundRule
-) -> tuple[Bases, Literal["validation", "default", ""]]:
+def _bases(found: Findings, truth: SplitTruth, rule: FoundRule) -> tuple[Bases, Literal["validation", "default", ""]]:
     """The base of each head, nan for one without maps; and where they come from. truth: of validation."""
-    tried, usual = _tried(prepared, heads, source)
+    tried, usual = _tried(found)
     if not tried:
-        return (float("nan"),) * len(heads), ""
+        return (float("nan"),) * len(found.heads), ""
     if not len(truth.table.defects):
         return tuple(own[usual] for own in tried), "default"
     trials = Trials(truth, tried, rule)
-    prepared.evaluate(heads, source, prepared.rows["val"], trials)
+    found.hand_to(trials)
     return trials.best(), "validation"
 
 
-def _tried(prepared: Prepared, heads: Sequence[Head], source: Source) -> tuple[list[Bases], int]:
+def _tried(found: Findings) -> tuple[list[Bases], int]:
     """The bases to try for each head, float32, rising, none without maps; and the place of the usual one."""
+    prepared, heads = found.prepared, len(found.heads)
     handed = prepared.task.handed
     if handed == "probabilities" and prepared.solver is None:
         bases = tuple(float(np.float32(value)) for value in PROBABILITIES)
-        return [bases] * len(heads), PROBABILITIES.index(USUAL_PROBABILITY)
+        return [bases] * heads, PROBABILITIES.index(USUAL_PROBABILITY)
     if handed in ("probabilities", "values"):
-        sample = _Sample(len(images_of(prepared.cache, prepared.rows["val"])))
-        prepared.evaluate(heads, source, prepared.rows["val"], sample)
-        return sample.quantiles(len(heads)), QUANTILES.index(USUAL_QUANTILE)
+        sample = _Sample(len(images_of(prepared.cache, found.rows)))
+        found.hand_to(sample)
+        return sample.quantiles(heads), QUANTILES.index(USUAL_QUANTILE)
     return [], 0
 
 
@@ -129,15 +131,16 @@ class Trials(Watch):
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
-        each, ground = [], self.truth.ground(image)
-        for base in self.tried[head]:
-            calls = calls_of_map(values, base, classes)
-            overlaps = overlaps_of_map(calls, ground)
-            most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
-            placed = overlaps.some(overlaps.call_area <= most)
-            defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
-            each.append((defects, calls.score[self.truth.judged(image, overlaps) == NOTHING]))
-        self.found[head, image] = each
+        calls = calls_at_bases(values, self.tried[head], classes)
+        overlaps = overlaps_of_map(calls, self.truth.ground(image))
+        most = np.maximum(TIMES_DEFECT * overlaps.defect_area, SHARE_OF_IMAGE * values.size)
+        placed = overlaps.some(overlaps.call_area <= most)
+        defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
+        false_call = self.truth.judged(image, overlaps) == NOTHING
+        self.found[head, image] = [
+            (found, calls.score[false_call & (calls.layer == k)])
+            for k, found in enumerate(defects.reshape(calls.layers, -1))
+        ]
 
     def best(self) -> Bases:
         """The base of each head by the areas under its curves; all processes ask for them together."""

@@ -5,7 +5,6 @@ import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from featprobe.geometry import Size, Spacing
 from featprobe.io.arrays import read_entry
 from featprobe.io.disk import open_regular, replacing
 from featprobe.metrics.defects.records import DEFECT, GOOD, SIZES, UNKNOWN, Floats
-from featprobe.stages.recording.sizes import UNKNOWN_SPACING, Outline, is_cut, outline_of
+from featprobe.stages.recording.sizes import UNKNOWN_SPACING, Outlines, is_cut, outlines_of
 from featprobe.targets import Instance
 
 VERSION = 1
@@ -50,7 +49,7 @@ class Measured:
 
     good: whether the image is, GOOD, DEFECT or UNKNOWN. spacing: millimetres per pixel, down and across, as its header
     says; nan for unknown. category, boxes, pixels, contrast, cut: see `records.Defects`. corners: how many `points` of
-    an outline each has. points: (sum of corners, 2), see `sizes.Outline`.
+    an outline each has. points: (sum of corners, 2), see `sizes.Outlines`.
     """
 
     good: int
@@ -68,25 +67,23 @@ class Measured:
 
     def sizes(self, spacing: Spacing) -> Floats:
         """(n, 4), sizes in millimetres at a spacing, in the order of SIZES; nan for an unknown one."""
-        ends = np.cumsum([0, *self.corners.tolist()])
-        areas = self.pixels[:, SIZES.index("area")].tolist()
-        outlines = (Outline(a, self.points[i:j].astype(float)) for a, (i, j) in zip(areas, pairwise(ends), strict=True))
-        return np.array([own.sizes(spacing) for own in outlines], np.float32).reshape(-1, len(SIZES))
+        area = self.pixels[:, SIZES.index("area")].astype(np.float64)
+        return Outlines(area, self.corners.astype(np.intp), self.points.astype(np.float64)).sizes(spacing)
 
 
 def measured(objects: Sequence[Instance], good: int, size: Size, spacing: Spacing | None, contrast: Floats) -> Measured:
     """What is measured of the defects of an image of (height, width) pixels, given their contrast."""
-    outlines = [outline_of(own) for own in objects]
+    outlines = outlines_of(objects)
     return Measured(
         good,
         spacing or UNKNOWN_SPACING,
         np.array([own.category for own in objects], np.uint8),
         np.array([own.box_xyxy for own in objects], np.float32).reshape(-1, 4),
-        np.array([own.sizes() for own in outlines], np.float32).reshape(-1, len(SIZES)),
+        outlines.sizes(),
         contrast,
         np.array([is_cut(own, size) for own in objects], bool),
-        np.array([len(own.points) for own in outlines], np.int32),
-        np.concatenate([np.zeros((0, 2)), *(own.points for own in outlines)]).astype(np.float32),
+        outlines.corners.astype(np.int32),
+        outlines.points.astype(np.float32),
     )
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from featprobe.metrics.defects.overlaps import Overlaps
 from featprobe.metrics.defects.records import Indices
+from featprobe.regions import Runs, runs_of
 from featprobe.stages.recording.map_calls import MapCalls
 from featprobe.targets import Instance, decode_window
 
@@ -49,6 +50,11 @@ class Shape:
         return int(np.count_nonzero(self.pixels))
 
     @cached_property
+    def runs(self) -> Runs:
+        """The runs of its mask in the image."""
+        return runs_of(self.pixels)[0].moved(self.window[0].start, self.window[1].start)
+
+    @cached_property
     def center(self) -> tuple[int, int]:
         """Row and column of the pixel of its mask that is nearest to its centroid; of equals the first, row by row."""
         rows, columns = np.nonzero(self.pixels)
@@ -72,20 +78,20 @@ class Ground:
 
 
 def overlaps_of_map(calls: MapCalls, ground: Ground) -> Overlaps:
-    """The overlaps of the calls of a map."""
-    boxes, areas = calls.boxes.astype(np.float64), calls.area.astype(np.float64)
+    """The overlaps of the calls of a map. Each of several layers has the defects for itself, in this order."""
+    layers = np.arange(calls.layers)[:, None]
 
     def meet(shapes: Sequence[Shape]) -> _Met:
         masks, bare = _with_mask(shapes)
-        on_masks = [
-            (call, i, shared, areas[call], shapes[i].area, call == center)
-            for i in masks.tolist()
-            for found, counts, center in [_on_map(calls, shapes[i])]
-            for call, shared in zip(found.tolist(), counts.tolist(), strict=True)
-        ]
-        return _joined(_table(on_masks), _boxes_meet(boxes, _boxes(shapes)[bare]).of(bare))
+        found = _on_map(calls, [shapes[i] for i in masks]).of((layers * len(shapes) + masks).ravel())
+        if not len(bare):
+            return found
+        boxes = _boxes(shapes)[bare] + (layers * calls.rows)[..., None] * (0, 1, 0, 1)  # (layers, bare, 4)
+        by_boxes = _boxes_meet(calls.boxes.astype(np.float64), boxes.reshape(-1, 4))
+        return _joined(found, by_boxes.of((layers * len(shapes) + bare).ravel()))
 
-    return _overlaps(meet, calls.category, ground)
+    category = np.tile(ground.category, calls.layers)
+    return _overlaps(meet, calls.category, replace(ground, category=category))
 
 
 def overlaps_of_objects(objects: Sequence[Instance], ground: Ground) -> Overlaps:
@@ -161,11 +167,22 @@ def _windows(shapes: Sequence[Shape]) -> Boxes:
     return np.array(edges, np.float64).reshape(-1, 4)
 
 
-def _on_map(calls: MapCalls, shape: Shape) -> tuple[Indices, NDArray[np.intp], int]:
-    """(the calls on the pixels of a mask; how many of its pixels each has; the one at its center, -1 for none)."""
-    found, counts = np.unique(calls.labels[shape.window][shape.pixels], return_counts=True)
-    some = found > 0
-    return found[some].astype(np.intp) - 1, counts[some], int(calls.labels[shape.center]) - 1
+def _on_map(calls: MapCalls, shapes: Sequence[Shape]) -> _Met:
+    """Where the calls of a map meet masks, which are in each layer."""
+    regions, area = calls.regions, calls.area.astype(np.float64)
+    if not len(regions) or not shapes:
+        return _table([])
+    width, layers = regions.size[1], np.arange(calls.layers)[:, None]
+    off = layers * calls.rows * width
+    owner = np.repeat(np.arange(len(shapes)), [len(shape.runs.row) for shape in shapes])
+    edges = Runs.joined([shape.runs for shape in shapes]).within(width)
+    run, region, shared = regions.meet(*((own + off).ravel() for own in edges))
+    pairs, place = np.unique((owner + layers * len(shapes)).ravel()[run] * len(regions) + region, return_inverse=True)
+    other, call = np.divmod(pairs, len(regions))
+    center = regions.at((np.array([shape.center for shape in shapes]) @ np.array((width, 1)) + off).ravel())
+    other_area = np.tile([float(shape.area) for shape in shapes], calls.layers)
+    both = np.bincount(place, shared, len(pairs)).astype(np.float64)
+    return _Met(call, other, both, area[call], other_area[other], call == center[other])
 
 
 def _masks_meet(call: Shape, other: Shape) -> tuple[int, int, int, bool]:

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from math import isnan
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,14 +22,17 @@ from featprobe.metrics.defects.records import (
     found_scores,
 )
 from featprobe.processes import from_main, gathered
+from featprobe.regions import Regions, Runs
 from featprobe.specs import Rows
 from featprobe.stages.recording.map_calls import calls_of_map
 from featprobe.stages.recording.meetings import Ground, overlaps_of_map, overlaps_of_objects
-from featprobe.stages.recording.sizes import Outline, Spacing, outline_of, outline_of_mask
+from featprobe.stages.recording.sizes import Outlines, Spacing, outlines_of, outlines_of_runs
 from featprobe.stages.recording.truth import Source, Truth, defects_of, table_of
 from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import Objects
 from featprobe.targets import Labels
+
+RUNS_AT_ONCE = 1 << 18  # of pixels, that sizes are measured of
 
 
 class SplitTruth:
@@ -107,17 +109,17 @@ class Recorder(Watch):
         self.seconds = 0.0
         self._found: list[dict[int, _Found]] = [{} for _ in bases]
         self._scores: list[dict[int, float]] = [{} for _ in bases]
+        self._waiting: list[tuple[int, int, Regions]] = []  # head, image, its calls without sizes
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
         begun = time.perf_counter()
         calls = calls_of_map(values, self.bases[head], classes)
         overlaps = overlaps_of_map(calls, self.truth.ground(image))
-        outlines = [
-            outline_of_mask(calls.labels[window] == k, (window[1].start, window[0].start))
-            for k, window in enumerate(calls.windows, start=1)
-        ]
-        self._keep(head, image, overlaps, calls.boxes, outlines, calls.score)
+        self._keep(head, image, overlaps, calls.boxes, calls.score)
+        self._waiting.append((head, image, calls.regions))
+        if sum(len(regions.region) for *_, regions in self._waiting) > RUNS_AT_ONCE:
+            self._measure()
         self.seconds += time.perf_counter() - begun
 
     def objects(self, head: int, image: int, objects: Objects) -> None:
@@ -127,32 +129,45 @@ class Recorder(Watch):
         overlaps = overlaps_of_objects(found, self.truth.ground(image))
         boxes = np.array([one.box_xyxy for one in found], np.float32).reshape(-1, 4)
         scores = np.array([score for _, score in objects], np.float32)
-        self._keep(head, image, overlaps, boxes, [outline_of(one) for one in found], scores)
+        self._keep(head, image, overlaps, boxes, scores)
+        self._size(outlines_of(found), [(head, image, len(found))])
         self.seconds += time.perf_counter() - begun
 
     def image_score(self, head: int, image: int, score: float) -> None:
         """See `Watch`."""
         self._scores[head][image] = score
 
-    def _keep(
-        self, head: int, image: int, overlaps: Overlaps, boxes: Floats, outlines: Sequence[Outline], score: Floats
-    ) -> None:
-        spacing = self.truth.spacing(image)
-        pixels = _sizes([one.sizes() for one in outlines])
-        unknown = isnan(spacing[0])
-        millimetres = np.full_like(pixels, np.nan) if unknown else _sizes([one.sizes(spacing) for one in outlines])
-        self._found[head][image] = _Found(
-            overlaps.call_class,
-            boxes,
-            pixels,
-            millimetres,
-            score,
-            self.truth.judged(image, overlaps),
-            finds(overlaps, self.rule),
-        )
+    def _keep(self, head: int, image: int, overlaps: Overlaps, boxes: Floats, score: Floats) -> None:
+        judged, pairs = self.truth.judged(image, overlaps), finds(overlaps, self.rule)
+        self._found[head][image] = _Found(overlaps.call_class, boxes, _SIZES, _SIZES, score, judged, pairs)
+
+    def _measure(self) -> None:
+        """The sizes of the calls of maps, of many images at once."""
+        counts = [(head, image, len(regions)) for head, image, regions in self._waiting]
+        first = np.cumsum([0, *(count for *_, count in counts)])
+        owner = [regions.region + at for at, (*_, regions) in zip(first[:-1], self._waiting, strict=True)]
+        runs = Runs.joined([regions.runs for *_, regions in self._waiting])
+        self._size(outlines_of_runs(runs, np.concatenate([np.zeros(0, np.intp), *owner]), first[-1]), counts)
+        self._waiting.clear()
+
+    def _size(self, outlines: Outlines, counts: Sequence[tuple[int, int, int]]) -> None:
+        """Keep the sizes of calls. counts: (head, image, calls) of each image, one after another."""
+        calls = [count for *_, count in counts]
+        spacing = np.repeat([self.truth.spacing(image) for _, image, _ in counts], calls, axis=0)
+        known = ~np.isnan(spacing[:, 0])
+        pixels = outlines.sizes()
+        millimetres = np.full_like(pixels, np.nan)
+        if known.any():
+            millimetres[known] = outlines.sizes(spacing)[known]
+        ends = np.cumsum(calls)[:-1]
+        for (head, image, _), *sizes in zip(counts, np.split(pixels, ends), np.split(millimetres, ends), strict=True):
+            own = self._found[head][image]
+            self._found[head][image] = replace(own, pixels=sizes[0], millimetres=sizes[1])
 
     def records(self, abouts: Sequence[About]) -> list[Records]:
         """The records of each head, from what all processes recorded; each of them gets all."""
+        if self._waiting:
+            self._measure()
         parts = gathered([(self._found, self._scores)])
         return [self._records(about, k, parts) for k, about in enumerate(abouts)]
 
@@ -180,12 +195,9 @@ class Recorder(Watch):
         return Records(about, images, replace(defects, score=score), calls, pairs)
 
 
-def _sizes(rows: Sequence[Floats]) -> Floats:
-    return np.array(rows, np.float32).reshape(-1, len(SIZES))
-
-
 _OF_CALLS = tuple(field.name for field in fields(Calls) if field.name != "image")
+_SIZES = np.zeros((0, len(SIZES)), np.float32)  # before they are known
 _NONE = _Found(
-    np.zeros(0, np.uint8), np.zeros((0, 4), np.float32), _sizes([]), _sizes([]), np.zeros(0, np.float32),
-    np.zeros(0, np.uint8), np.zeros((0, 2), np.intp),
+    np.zeros(0, np.uint8), np.zeros((0, 4), np.float32), _SIZES, _SIZES, np.zeros(0, np.float32), np.zeros(0, np.uint8),
+    np.zeros((0, 2), np.intp),
 )  # fmt: skip

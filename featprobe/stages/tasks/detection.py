@@ -13,12 +13,13 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.cache.reader import device_room
+from featprobe.errors import ShapeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.machine import available_memory
 from featprobe.metrics import ApScores, TruthImage, average_precision, truth_of
 from featprobe.probes import ObjectHead, ObjectTarget, object_sides, objects_at_original
-from featprobe.probes.detections import ObjectBatch, on_host
+from featprobe.probes.detections import ObjectBatch, on_host, packed
 from featprobe.probes.head import BatchedObjectHead, all_batched
 from featprobe.probes.train import Feed
 from featprobe.processes import count, from_main, gathered
@@ -30,7 +31,7 @@ from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
 from featprobe.stages.training.live import Truth, Views
-from featprobe.targets import Instance, Labels, Rle, components, decode_rle, labels_in_frame
+from featprobe.targets import Instance, Labels, Rle, components, decode_window
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture
 MASK_MEMORY_SHARE = 0.2  # of the memory where the head trains, for masks kept ready
@@ -53,7 +54,7 @@ class Detection:
         own_ids = cache.data.category_ids if source == "own" else ()
         self.category_ids = own_ids or tuple(range(1, len(self.classes)))
         self._instances = shelf_of(cache).objects.setdefault(source, {})
-        self.targets = {row: self._target(row) for row in train.tolist()}
+        self.targets = {row: target_of(self.instances(row), cache.rows.placement(row)) for row in train.tolist()}
 
     @property
     def sides(self) -> tuple[float, ...]:
@@ -90,17 +91,21 @@ class Detection:
 
     def fixed(self, head: ObjectHead) -> bool:
         """Whether the loss of such a head also takes places of rows, and always does the same; see probes.train."""
-        return bool(all_batched([head]))
+        return bool(self._batched([head]))
+
+    def _batched(self, heads: Sequence[ObjectHead]) -> list[BatchedObjectHead]:
+        """The heads, where they take the objects of all images at once; else none of them."""
+        return [] if self.masks and not self._masks_fit else all_batched(heads, self.device)
 
     def start(self, heads: Sequence[ObjectHead], *, fresh: bool = True) -> Callable[[Features, Batch], Tensor]:
         """The heads' losses on a batch, (heads,), one head after the other."""
-        batched = all_batched(heads)
+        batched = self._batched(heads)
         return self._batch_losses(batched) if batched else self._losses(heads)
 
     def _batch_losses(self, heads: Sequence[BatchedObjectHead]) -> Callable[[Features, Batch], Tensor]:
         """Losses of heads that take the objects of all images at once."""
         rows = np.array(sorted(self.targets), dtype=np.intp)
-        every = ObjectBatch.of([self.targets[row] for row in rows.tolist()]).to(self.device)
+        every = self._all_targets
 
         def wanted(batch: Batch) -> ObjectBatch:
             match batch:
@@ -131,7 +136,8 @@ class Detection:
                     targets = [every[row] for row in rows.tolist()]
             if not self.masks:
                 return targets
-            masks = [self._masks.of(row, partial(self._framed_masks, row)) for row in rows.tolist()]
+            places = [(row, self.instances(row), self.cache.rows.placement(row)) for row in rows.tolist()]
+            masks = [self._masks.of(row, partial(framed_masks, own, place)) for row, own, place in places]
             return [replace(t, masks=m) for t, m in zip(targets, masks, strict=True)]
 
         def loss(features: Features, batch: Batch) -> Tensor:
@@ -219,26 +225,51 @@ class Detection:
             values[name] = dict(zip(self.classes[1:], values[name], strict=True))
         return values
 
-    def _target(self, row: int) -> ObjectTarget:
-        """Boxes, labels and crowds of a row in frame pixels; its masks wait until they are needed."""
-        placement = self.cache.rows.placement(row)
-        own = [i for i in self.instances(row) if not i.crowd and _sized(i)]
-        crowds = [i for i in self.instances(row) if i.crowd]
-        labels = torch.tensor([i.category for i in own], dtype=torch.int64)
-        return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
+    @cached_property
+    def _all_targets(self) -> ObjectBatch:
+        """The objects of all training rows, in order, on the device."""
+        rows = sorted(self.targets)
+        masks = None
+        if self.masks:
+            every = (framed_masks(self.instances(row), self.cache.rows.placement(row)) for row in rows)
+            masks = [packed(torch.from_numpy(own)).to(self.device) for own in every]
+        return ObjectBatch.of([self.targets[row] for row in rows], masks).to(self.device)
+
+    @cached_property
+    def _masks_fit(self) -> bool:
+        """Whether the masks of all training rows fit on the device at once, a bit per pixel."""
+        frames = ((len(t.labels), *self.cache.rows.placement(row).frame) for row, t in self.targets.items())
+        return sum(objects * height * -(-width // 8) for objects, height, width in frames) <= room_for_masks(
+            self.device
+        )
 
     @cached_property
     def _masks(self) -> "MaskStore":
         return MaskStore(self.device)
 
-    def _framed_masks(self, row: int) -> NDArray[np.uint8]:
-        """The masks of a row's objects, (objects, frame height, frame width), 0 or 1."""
-        placement = self.cache.rows.placement(row)
-        rles = [i.rle for i in self.instances(row) if not i.crowd and _sized(i)]
-        masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
-        for mask, rle in zip(masks, rles, strict=True):
-            mask[:] = _mask_in_frame(rle, placement)
-        return masks
+
+def target_of(instances: Sequence[Instance], placement: Placement) -> ObjectTarget:
+    """Boxes, labels and crowds of an image's objects in frame pixels; the masks wait until they are needed."""
+    own = [i for i in instances if not i.crowd and _sized(i)]
+    crowds = [i for i in instances if i.crowd]
+    labels = torch.tensor([i.category for i in own], dtype=torch.int64)
+    return ObjectTarget(_boxes(own, placement), labels, None, _boxes(crowds, placement))
+
+
+def framed_masks(instances: Sequence[Instance], placement: Placement) -> NDArray[np.uint8]:
+    """The masks of an image's objects, crowds left out: (objects, frame height, frame width), 0 or 1."""
+    rles = [i.rle for i in instances if not i.crowd and _sized(i)]
+    masks = np.zeros((len(rles), *placement.frame), dtype=np.uint8)
+    for mask, rle in zip(masks, rles, strict=True):
+        covered, own = _mask_in_frame(rle, placement)
+        mask[covered] = own
+    return masks
+
+
+def room_for_masks(device: torch.device) -> float:
+    """The bytes that masks may take of the memory where heads train."""
+    room = device_room(device)
+    return MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
 
 
 class MaskStore:
@@ -248,9 +279,7 @@ class MaskStore:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        room = device_room(device)
-        self.room = MASK_MEMORY_SHARE * (available_memory() / count() if room is None else room)
+        self.device, self.room = device, room_for_masks(device)
         self.kept: dict[int, tuple[tuple[int, ...], list[tuple[int, int, Tensor]]]] = {}
 
     def of(self, row: int, decode: Callable[[], NDArray[np.uint8]]) -> Tensor:
@@ -299,10 +328,20 @@ def coco_results(objects: Objects, image_id: int | str, category_ids: Sequence[i
     return results
 
 
-def _mask_in_frame(rle: Rle | None, placement: Placement) -> np.ndarray:
+def _mask_in_frame(rle: Rle | None, placement: Placement) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """The part of a frame that a mask covers, by nearest pixel as `labels_in_frame` has it, and the mask there."""
     assert rle is not None  # a cache for this task holds a mask for each object
-    framed = labels_in_frame(decode_rle(rle).astype(np.uint8), placement)
-    return framed == 1  # padding is 255
+    size: Any = rle["size"]
+    if tuple(size) != placement.original:
+        raise ShapeError(f"A mask of {tuple(size)} pixels does not fit an image of {placement.original}.")
+    window, mask = decode_window(rle)
+    covered, taken = [], []
+    for content, original, own in zip(placement.content, placement.original, window, strict=True):
+        places = np.minimum(((np.arange(content) + 0.5) * original / content).astype(np.intp), original - 1)
+        start, stop = np.searchsorted(places, [own.start, own.stop]).tolist()
+        covered.append(slice(start, stop))
+        taken.append(places[start:stop] - own.start)
+    return (covered[0], covered[1]), mask[np.ix_(*taken)]
 
 
 def _sized(instance: Instance) -> bool:

@@ -1,10 +1,8 @@
 """The masks of a cache as training and scoring want them, decoded once for all runs over it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,14 +11,14 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.features import cell_counts
+from featprobe.io.threads import each, single_threaded
 from featprobe.machine import available_memory, usable_cores
 from featprobe.processes import count
 from featprobe.specs import Rows
-from featprobe.targets import IGNORE, Instance, Labels, labels_in_frame
+from featprobe.targets import Instance, Labels, labels_in_frame
 
-T = TypeVar("T")
 MEMORY_SHARE = 0.3  # of the available memory, for masks that are kept
-PIXELS_AT_ONCE = 2**22  # that are decoded and encoded together
+PIXELS_AT_ONCE = 2**20  # that a thread decodes and encodes together
 _shelves: WeakKeyDictionary[Cache, "LabelShelf"] = WeakKeyDictionary()
 
 
@@ -43,7 +41,6 @@ class LabelShelf:
         self.left = int(MEMORY_SHARE * available_memory() / count())  # bytes
         self.objects: dict[str, dict[int, tuple[Instance, ...]]] = {}  # of rows, by where they come from
         self._truths: dict[int, Labels] = {}
-        self._values: dict[int, list[int]] = {}
         self._pixels: dict[int, Tensor] = {}
         self._encoded: dict[tuple[str, int, bytes], Encoded] = {}
         self._rows: dict[tuple[str, int], dict[int, Tensor]] = {}  # what the tensors of _encoded hold of each row
@@ -51,19 +48,12 @@ class LabelShelf:
     def truths(self, cache: Cache, images: Rows) -> list[Labels]:
         """The masks of whole images at their own size: (height, width), uint8."""
         missing = [image for image in images.tolist() if image not in self._truths]
-        read = dict(zip(missing, _each(cache.image_semantic, missing), strict=True))
+        read = dict(zip(missing, each(cache.image_semantic, missing, count()), strict=True))
         size = sum(own.nbytes for own in read.values())
         if size <= self.left:
             self.left -= size
             self._truths |= read
         return [read[image] if image in read else self._truths[image] for image in images.tolist()]
-
-    def values(self, cache: Cache, row: int) -> list[int]:
-        """The labels that a row's mask holds, but for 255."""
-        if row not in self._values:
-            found = np.flatnonzero(np.bincount(cache.semantic(row).ravel(), minlength=IGNORE + 1))
-            self._values[row] = [value for value in found.tolist() if value != IGNORE]
-        return self._values[row]
 
     def encoded(self, cache: Cache, rows: Rows, loss_at: str, stride: int, *, keep: bool) -> Encoded:
         """The masks of ascending rows. keep: the labels too, where there is room, and not only how many there are."""
@@ -78,10 +68,8 @@ class LabelShelf:
                 labels[place] = known[row]
             elif labels is not None or row not in self._pixels:
                 lacking.append(place)
-        for places, framed, cells in _framed(cache, rows, np.array(lacking, dtype=np.intp), stride):
-            if labels is not None:
-                labels[places] = (cells if loss_at == "level" else framed).to(labels.dtype)
-            self._pixels |= zip(rows[places].tolist(), cells.sum((2, 3), dtype=torch.int64), strict=True)
+        places = np.array(lacking, dtype=np.intp)
+        self._pixels |= zip(rows[places].tolist(), _encode(cache, rows, places, labels, loss_at, stride), strict=True)
         found = Encoded(labels, torch.stack([self._pixels[row] for row in rows.tolist()]).sum(0))
         if labels is not None:
             known |= zip(rows.tolist(), labels, strict=True)
@@ -114,8 +102,7 @@ def encode(cache: Cache, rows: Rows, loss_at: str, stride: int) -> Tensor:
     """The masks of rows, in the order given, as `Encoded.labels` has them."""
     size, dtype = _shape_of(cache, len(rows), loss_at, stride)
     labels = torch.empty(size, dtype=dtype)
-    for places, framed, cells in _framed(cache, rows, np.arange(len(rows)), stride):
-        labels[places] = (cells if loss_at == "level" else framed).to(dtype)
+    _encode(cache, rows, np.arange(len(rows)), labels, loss_at, stride)
     return labels
 
 
@@ -126,25 +113,25 @@ def _shape_of(cache: Cache, rows: int, loss_at: str, stride: int) -> tuple[tuple
     return (rows, len(cache.data.classes), height // stride, width // stride), torch.int16
 
 
-def _framed(cache: Cache, rows: Rows, places: Rows, stride: int) -> Iterator[tuple[Rows, Tensor, Tensor]]:
-    """(places, masks in the frame, pixels of each class in each cell) of the rows at some places, some at a time."""
+def _encode(
+    cache: Cache, rows: Rows, places: Rows, labels: Tensor | None, loss_at: str, stride: int
+) -> Sequence[Tensor]:
+    """The labelled pixels of each class, (classes,), in the rows at some places; fills in their labels if given."""
     height, width = cache.recipe.frame
+
+    def work(part: Rows) -> Tensor:
+        masks = (labels_in_frame(cache.semantic(row), cache.rows.placement(row)) for row in rows[part].tolist())
+        framed = torch.from_numpy(np.stack(list(masks)))
+        cells = cell_counts(framed, len(cache.data.classes), stride)
+        if labels is not None:
+            shown = cells if loss_at == "level" else framed
+            labels.index_copy_(0, torch.from_numpy(part.astype(np.int64)), shown.to(labels.dtype))
+        return cells.sum((2, 3), dtype=torch.int64)
+
     step = max(1, PIXELS_AT_ONCE // (height * width))
-
-    def read(row: int) -> Labels:
-        return labels_in_frame(cache.semantic(row), cache.rows.placement(row))
-
-    for start in range(0, len(places), step):
-        part = places[start : start + step]
-        framed = torch.from_numpy(np.stack(_each(read, rows[part].tolist())))
-        yield part, framed, cell_counts(framed, len(cache.data.classes), stride)
-
-
-def _each(read: Callable[[int], T], indices: Sequence[int]) -> list[T]:
-    """Read each row or image, in several threads if there are cores for them."""
-    threads = min(usable_cores() // count(), len(indices) // 2) if len(indices) > 3 else 1
+    parts = [places[start : start + step] for start in range(0, len(places), step)]
+    threads = min(usable_cores() // count(), len(parts)) if len(parts) > 1 else 1
     if threads < 2:
-        return [read(index) for index in indices]
-    cuts = np.array_split(np.array(indices), threads)
-    with ThreadPoolExecutor(threads, thread_name_prefix="label-reader") as pool:
-        return [own for part in pool.map(lambda cut: [read(index) for index in cut.tolist()], cuts) for own in part]
+        return [own for part in parts for own in work(part)]
+    with single_threaded(threads, "label-reader") as pool:
+        return [own for found in pool.map(work, parts) for own in found]

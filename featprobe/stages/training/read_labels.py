@@ -1,6 +1,6 @@
 """What a training's heads are trained and scored on: its task with labels read, by what the task is scored on."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,18 +13,18 @@ from featprobe.geometry import IDENTITY
 from featprobe.image_labels import ImageLabels
 from featprobe.scores import SCORES, On
 from featprobe.specs import Rows
-from featprobe.stages.image_truth import names_of
+from featprobe.stages.image_truth import mask_values, names_of
 from featprobe.stages.partition import training_subset
 from featprobe.stages.row_images import rows_showing
 from featprobe.stages.tasks.anomaly import Anomaly, AnomalyAsked, good_rows
 from featprobe.stages.tasks.classification import Classification, LabelsAsked, known_rows
 from featprobe.stages.tasks.detection import Detection
-from featprobe.stages.tasks.labels import shelf_of
 from featprobe.stages.tasks.segmentation import Segmentation
 from featprobe.stages.tasks.solve import solve
 from featprobe.stages.tasks.task import Solution, Task
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.training import Training
+from featprobe.targets import IGNORE
 
 SplitRows = Mapping[str, Rows]
 """Rows of train, val and test."""
@@ -78,7 +78,7 @@ def without_views(cache: Cache, rows: Rows) -> Rows:
 
 def _pixels(training: Training, rows: SplitRows) -> Labelled:
     cache = training.cache
-    train = part_of(training, rows["train"], lambda row: shelf_of(cache).values(cache, row))
+    train = part_of(training, rows["train"], lambda own: [set(v) - {IGNORE} for v in mask_values(cache, "rows", own)])
     views = training.augmentation is not None
     task = Segmentation(cache, train, training.recipe, training.device, training.options.absent, views=views)
     return Labelled(task, {**rows, "train": train}, partial(solve, task) if training.is_solved else None)
@@ -92,7 +92,7 @@ def _objects(training: Training, rows: SplitRows) -> Labelled:
     every = of(train=rows["train"])
     if training.fraction == 1:
         return Labelled(every, rows)
-    train = part_of(training, rows["train"], lambda row: every.targets[row].labels.tolist())
+    train = part_of(training, rows["train"], lambda own: [every.targets[row].labels.tolist() for row in own])
     return Labelled(of(train=train), {**rows, "train": train})
 
 
@@ -103,7 +103,7 @@ def _images(training: Training, rows: SplitRows) -> Labelled:
     live, scores = training.tuning is not None, training.scores
     asked = LabelsAsked(options.labels, options.unit, options.false_calls, scores, live, options.quiet)
     every = Classification(cache, known["train"], training.device, asked)
-    train = part_of(training, known["train"], every.labels_of)
+    train = part_of(training, known["train"], lambda own: [every.labels_of(row) for row in own])
     task = Classification(cache, train, training.device, asked)
     task.check_trainable()
     return Labelled(task, {**known, "train": train}, task.solve if training.is_solved else None, tuple(notes))
@@ -113,7 +113,7 @@ def _anomalies(training: Training, rows: SplitRows) -> Labelled:
     cache, options, pooled = training.cache, training.options, training.kind.pooled
     known, notes = _known(training, rows, "defect")
     good, aside = good_rows(cache, known["train"], options.unit)
-    train = part_of(training, good, lambda row: [])
+    train = part_of(training, good, lambda own: [()] * len(own))
     asked = AnomalyAsked(
         options.unit, options.false_calls, options.coreset, options.remove_position, training.scores, pooled
     )
@@ -142,14 +142,14 @@ READ: Mapping[On, Callable[[Training, SplitRows], Labelled]] = {
 """What a task is scored on -> what reads its labels."""
 
 
-def part_of(training: Training, train: Rows, classes_in: Callable[[int], list[int]]) -> Rows:
-    """The rows of the fraction of the images that is trained on. classes_in: the classes that a row shows."""
+def part_of(training: Training, train: Rows, classes_in: Callable[[list[int]], Sequence[Collection[int]]]) -> Rows:
+    """The rows of the fraction of the images that is trained on. classes_in: those that each of some rows shows."""
     if training.fraction == 1:
         return train
     cache = training.cache
     classes: dict[int, set[int]] = {}
-    for row, image in zip(train.tolist(), cache.image_of[train].tolist(), strict=True):
-        classes.setdefault(image, set()).update(classes_in(row))
+    for held, image in zip(classes_in(train.tolist()), cache.image_of[train].tolist(), strict=True):
+        classes.setdefault(image, set()).update(held)
     ids, groups = ([cache.images.texts[name][image] for image in classes] for name in ("id", "group"))
     seed = training.seeds[0] if training.subset else None
     kept = training_subset(ids, groups, list(classes.values()), training.fraction, seed)

@@ -22,12 +22,12 @@ from featprobe.datasets.set_notes import copies_in
 from featprobe.datasets.splits import complete_splits, leaks
 from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Fit, Size, default_size, place, place_tile
+from featprobe.io.threads import in_threads
 from featprobe.report.check_page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.progress import counting
-from featprobe.stages.threads import in_threads
 from featprobe.stages.upkeep.describe import contact_sheet, spread
-from featprobe.targets import Target
+from featprobe.targets import Target, pixels_of_each
 
 STRIDES = (4, 8, 16, 32)
 FAULTS: Mapping[str, str] = {
@@ -238,7 +238,7 @@ def _look_at(data: DataSet, sample: Sample) -> Looked:
         kinds = {LabelSizeError: "label_size", OutOfImageError: "out_of_image"}
         return replace(found, fault=kinds.get(type(error), "bad_labels"), reason=str(error))
     count = len(data.classes)
-    pixels = None if target.semantic is None else np.bincount(target.semantic.ravel(), minlength=count)[:count]
+    pixels = None if target.semantic is None else pixels_of_each(target.semantic)[:count]
     here = [] if pixels is None else [i for i in range(1, len(data.classes)) if pixels[i]]
     return replace(
         found, pixels=pixels, objects=_sides(target, here), own_objects=target.instances is not None, labels=held,

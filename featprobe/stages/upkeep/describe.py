@@ -27,12 +27,12 @@ from featprobe.datasets.split_file import write_split_file
 from featprobe.datasets.splits import leaks, starved
 from featprobe.errors import DataError, counted
 from featprobe.intensity import Intensity, default_intensity
+from featprobe.io.threads import in_threads
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.splitting import SplitChoice
 from featprobe.stages.partition import assigned, classes_in, names_held
 from featprobe.stages.progress import counting
-from featprobe.stages.threads import in_threads
-from featprobe.targets import IGNORE
+from featprobe.targets import IGNORE, pixels_of_each
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def summarise(data: DataSet) -> DataSummary:
         held.append(target.labels)
         copies.append((sample.id, copies_in(target, data.classes)))
         if target.semantic is not None:
-            counts += np.bincount(target.semantic.ravel(), minlength=256)
+            counts += pixels_of_each(target.semantic)
         objects += [instance.category for instance in target.instances or ()]
     labelled = counts[: len(data.classes)]
     shares = (labelled / max(1, labelled.sum())).tolist()

@@ -170,7 +170,8 @@ def test_an_unfinished_fp32_cache_that_may_hold_tf32_is_refused(data, tmp_path, 
     assert path.read_bytes() == before
 
 
-def test_a_doubt_stays_with_rows_that_are_copied_where_no_card_is(data, tmp_path):
+def test_a_doubt_stays_with_rows_that_are_copied_where_no_card_is(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = extract(tmp_path, data).path
     as_older(path, ("cpu", 4))  # of six rows: two are in doubt
     for name in ("part00.png", "part01.png"):

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as nst
 from featprobe.datasets.images.pixels import Levels
 from featprobe.metrics.defects.records import SIZES
 from featprobe.stages.recording.contrast import GAP, NARROWEST, contrasts
-from featprobe.stages.recording.sizes import is_cut, outline_of, outline_of_mask, pixels_of
+from featprobe.stages.recording.sizes import is_cut, outlines_of, pixels_of
 from featprobe.targets import Instance, encode_rle
 
 SPACINGS = st.floats(0.01, 20.0)
@@ -36,33 +36,84 @@ def plain_calipers(points: np.ndarray) -> tuple[float, float]:
     return float(lengths.max()), float(np.ptp(across, axis=1).min())
 
 
+def plain_hull(mask: np.ndarray) -> set[tuple[int, int]]:
+    """x y of the corners of the convex hull, by turning around all corners of all pixels (gift wrapping)."""
+    points = [(int(x), int(y)) for x, y in corners_of(mask, 1, 1)]
+    found, at = set(), min(points)
+    while at not in found:
+        found.add(at)
+        best = next(point for point in points if point != at)
+        for x, y in points:
+            turn = (best[0] - at[0]) * (y - at[1]) - (best[1] - at[1]) * (x - at[0])
+            nearer = abs(best[0] - at[0]) + abs(best[1] - at[1]) < abs(x - at[0]) + abs(y - at[1])
+            if turn < 0 or (turn == 0 and nearer):
+                best = x, y
+        at = best
+    return found
+
+
+def instance_of(mask: np.ndarray) -> Instance:
+    return Instance(1, (0.0, 0.0, float(mask.shape[1]), float(mask.shape[0])), encode_rle(mask))
+
+
 @settings(max_examples=40, deadline=None)
 @given(mask=MASKS, down=SPACINGS, across=SPACINGS)
 def test_sizes_of_a_mask_are_those_of_all_corners_of_its_pixels(mask: np.ndarray, down: float, across: float) -> None:
     assume(mask.any())
-    found = outline_of_mask(mask, (3, 5)).sizes((down, across))
+    (found,) = outlines_of([instance_of(np.pad(mask, ((3, 1), (5, 0))))]).sizes((down, across))
     area = float(mask.sum()) * down * across
     longest, shortest = plain_calipers(corners_of(mask, down, across))
     assert found == pytest.approx([area**0.5, area, longest, shortest], rel=1e-5)
 
 
+@settings(max_examples=60, deadline=None)
+@given(masks=st.lists(MASKS, min_size=1, max_size=5), spacing=st.tuples(SPACINGS, SPACINGS))
+def test_hulls_of_several_objects_are_those_of_each_alone(
+    masks: list[np.ndarray], spacing: tuple[float, float]
+) -> None:
+    """An empty mask counts as its box, also between others; no corner lies between two others on a line."""
+    objects = [instance_of(mask) for mask in masks]
+    found = outlines_of(objects)
+    each = np.split(found.points, np.cumsum(found.corners)[:-1])
+    for mask, own in zip(masks, each, strict=True):
+        assert len({*map(tuple, own.tolist())}) == len(own)
+        wanted = plain_hull(mask) if mask.any() else {(0, 0), mask.shape[::-1]}
+        assert {(int(x), int(y)) for x, y in own} == wanted
+    alone = [outlines_of([one]).sizes(spacing) for one in objects]
+    assert np.array_equal(found.sizes(spacing), np.concatenate(alone))
+    spacings = np.outer(np.arange(1.0, len(objects) + 1), spacing)
+    alone = [outlines_of([one]).sizes(tuple(own)) for one, own in zip(objects, spacings.tolist(), strict=True)]
+    assert np.array_equal(found.sizes(spacings), np.concatenate(alone))
+
+
 def test_sizes_of_a_large_shape_are_those_of_the_shape() -> None:
     rows, columns = np.mgrid[:400, :400]
     disk = (rows - 200) ** 2 + (columns - 200) ** 2 <= 150**2
-    root_area, area, longest, shortest = outline_of_mask(disk).sizes()
+    ((root_area, area, longest, shortest),) = outlines_of([instance_of(disk)]).sizes()
     assert area == disk.sum() and root_area == pytest.approx(np.sqrt(np.pi) * 150, rel=0.01)
     assert longest == pytest.approx(301, abs=1.5) and shortest == pytest.approx(301, abs=1.5)
 
 
+def test_a_long_row_takes_the_corners_of_a_round_shape_above_it() -> None:
+    """Each corner that goes makes the next one none."""
+    rows, columns = np.mgrid[:200, :400]
+    mask = (rows - 100) ** 2 + (columns - 200) ** 2 <= 100**2
+    mask[199] = True
+    found = outlines_of([instance_of(mask)])
+    assert {(int(x), int(y)) for x, y in found.points} == plain_hull(mask)
+
+
 def test_a_box_has_its_sides_and_a_mask_comes_before_it() -> None:
     box = Instance(1, (2.0, 3.0, 12.5, 7.0))
-    assert outline_of(box).sizes().tolist() == pytest.approx([42**0.5, 42, 10.5, 4])
-    assert outline_of(box).sizes((0.5, 0.1)).tolist() == pytest.approx([2.1**0.5, 2.1, 2.0, 1.05])
     mask = np.zeros((20, 20), bool)
     mask[3, 2:6] = True
-    assert outline_of(replace(box, rle=encode_rle(mask))).sizes()[AREA] == 4
-    assert outline_of(replace(box, rle=encode_rle(mask & False))).sizes()[AREA] == 42
-    assert np.isnan(outline_of(box).sizes((float("nan"), float("nan")))).all()
+    full, empty = replace(box, rle=encode_rle(mask)), replace(box, rle=encode_rle(mask & False))
+    found = outlines_of([box, full, empty])
+    assert found.sizes()[0].tolist() == pytest.approx([42**0.5, 42, 10.5, 4])
+    assert found.sizes((0.5, 0.1))[0].tolist() == pytest.approx([2.1**0.5, 2.1, 2.0, 1.05])
+    assert found.sizes()[:, AREA].tolist() == [42, 4, 42]
+    assert np.isnan(found.sizes((float("nan"), float("nan")))).all()
+    assert outlines_of([]).sizes().shape == (0, len(SIZES))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from featprobe.metrics.defects.records import DEFECT, GOOD, UNKNOWN
 from featprobe.specs import DataInfo
 from featprobe.stages.recording import truth as stage
 from featprobe.stages.recording.kept_truth import kept, truth_path
-from featprobe.stages.recording.sizes import outline_of
+from featprobe.stages.recording.sizes import outlines_of
 from featprobe.stages.recording.truth import defects_of, table_of
 from featprobe.stages.upkeep.caches import remove_cache
 from featprobe.stages.workspace import Workspace, pixel_size_of
@@ -133,8 +133,8 @@ def test_a_table_holds_what_each_image_holds_in_its_order(cache: Cache) -> None:
     assert images.files[0] == "images/3.png" and images.hashes == tuple(cache.images[i].image_hash for i in (3, 0, 1))
     assert images.sizes.tolist() == [[*SIZE]] * 3 and np.isnan(images.spacing).all() and np.isnan(images.score).all()
     assert images.good.tolist() == [DEFECT, DEFECT, GOOD]
-    outlined = [outline_of(one) for image in (3, 0) for one in defects_of(cache, image).objects]
-    assert np.array_equal(defects.pixels, np.stack([own.sizes() for own in outlined]))
+    outlined = outlines_of([one for image in (3, 0) for one in defects_of(cache, image).objects])
+    assert np.array_equal(defects.pixels, outlined.sizes())
     assert defects.image.tolist() == [0, 1, 1] and defects.category.tolist() == [2, 1, 2]
     assert defects.cut.tolist() == [False, False, True] and (defects.score == -np.inf).all()
     assert np.isfinite(defects.contrast).all() and np.isnan(defects.millimetres).all()
@@ -144,8 +144,8 @@ def test_millimetres_follow_from_the_size_of_a_pixel_and_nothing_else_does(cache
     plain = table_of(cache, EVERY, quiet=True)
     kept_bytes = truth_path(cache.path).read_bytes()
     sized = table_of(cache, EVERY, pixel_size=(0.5, 0.1), quiet=True)
-    outlines = [outline_of(one) for image in EVERY.tolist() for one in defects_of(cache, image).objects]
-    assert sized.defects.millimetres == pytest.approx(np.stack([own.sizes((0.5, 0.1)) for own in outlines]))
+    outlines = outlines_of([one for image in EVERY.tolist() for one in defects_of(cache, image).objects])
+    assert sized.defects.millimetres == pytest.approx(outlines.sizes((0.5, 0.1)))
     assert np.array_equal(plain.defects.pixels, sized.defects.pixels)
     assert np.array_equal(sized.images.spacing, np.float32([[0.5, 0.1]] * len(MASKS)))
     assert truth_path(cache.path).read_bytes() == kept_bytes

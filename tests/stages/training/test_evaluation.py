@@ -265,7 +265,7 @@ def test_seeds_that_train_on_other_images_share_what_is_decoded(parts: Workspace
     cache = open_cache(parts.cache_files()[0])
     of_split = {s: {cache.rows[r].semantic for r in cache.usable(s).tolist()} for s in ("train", "val", "test")}
     assert {decoded[mask] for mask in of_split["val"] | of_split["test"]} == {2}  # for notes, and for scores
-    assert {decoded[mask] for mask in of_split["train"]} == {2, 3}  # and for the choice of images; of these the used
+    assert {decoded[mask] for mask in of_split["train"]} == {1, 2}  # for notes and the choice of images; the chosen
 
 
 def test_objects_are_decoded_once_for_all_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

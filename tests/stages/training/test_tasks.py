@@ -28,8 +28,8 @@ from featprobe.datasets.images.reading import read_levels, write_levels
 from featprobe.errors import DataError, ProbeError
 from featprobe.image_labels import ImageLabels
 from featprobe.kinds import KINDS, HeadKind, TrainRecipe, kinds_of
-from featprobe.probes import load_head
-from featprobe.processes import pick_device
+from featprobe.probes import HeadRecipe, build_head, execution, load_head
+from featprobe.probes.detections import ObjectBatch
 from featprobe.report.tables import result_table
 from featprobe.result_rows import ResultRow
 from featprobe.scores import SCORES
@@ -40,6 +40,7 @@ from featprobe.stages.memory import largest_that_fits
 from featprobe.stages.partition import training_subset
 from featprobe.stages.predict import find_images, predict
 from featprobe.stages.predictor import Predictor
+from featprobe.stages.tasks import detection
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions, settings_of
 from featprobe.stages.workspace import Workspace, make_generated
@@ -164,7 +165,7 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
 
     monkeypatch.setattr(FeatureLoader, "batches", spying)
     recipe = TrainRecipe(iterations=10, batch_size=4, evaluations=2)
-    options = ProbeOptions(recipe=recipe, lr=(1e-5, 1e-2), weight_decay=(0.0, 1e-2), seeds=2, quiet=True)
+    options = ProbeOptions(recipe=recipe, lr=(1e-5, 1e-2), weight_decay=(0.0, 1e-2), seeds=2, quiet=True, device="cpu")
     rows = probe(dense, options=options).rows
     assert [row["seed"] for row in rows] == [0, 1] and {row["trials"] for row in rows} == {4}
     trained = fed.count("train")
@@ -181,7 +182,11 @@ def test_all_trials_are_kept_and_the_best_on_validation_is_scored_once(
 
 
 @pytest.mark.slow
-def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspace) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["pieces", "few operations"])
+def test_a_detection_trial_ends_the_same_beside_whichever_others(
+    dense: Workspace, whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(execution, "whole_batches", lambda device: whole)
     options = ProbeOptions(head="fasterrcnn", recipe=BRIEF, seeds=1, quiet=True, device="cpu")
     heads = []
     for rates in ((2e-3,), (2e-3, 1e-9), (1e-9, 2e-3)):
@@ -189,6 +194,31 @@ def test_a_detection_trial_ends_the_same_beside_whichever_others(dense: Workspac
         heads.append(json.loads((dense.probes / row["folder"] / "curves.json").read_text()))
     own = [next(c["curve"] for c in curves if c["lr"] == 2e-3) for curves in heads]
     assert own[0] == own[1] == own[2]
+
+
+def test_masks_that_fit_on_a_device_and_those_that_do_not_give_one_loss(
+    objects: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By places, by rows, and with masks that are decoded for each batch; samples are the first, not random ones."""
+    monkeypatch.setattr(execution, "whole_batches", lambda device: True)
+    monkeypatch.setattr(
+        ObjectBatch, "keys", lambda self, name, *shape: torch.linspace(0.9, 0.1, shape[-1]).expand(shape)
+    )
+    cache = find_caches(objects, "instseg", (), ())[0][0]
+    rows = cache.usable("train")
+    torch.manual_seed(0)
+    head: Any = build_head(HeadRecipe("instseg", "maskrcnn", cache.data.classes, width=16), cache.recipe.levels).train()
+    own, losses = rows[[4, 0, 5, 2]], []
+    places = torch.from_numpy(np.searchsorted(np.sort(rows), own))
+    with FeatureLoader(cache) as loader:
+        ((_, features),) = loader.batches([own])
+        for room in (2**40, 0):
+            monkeypatch.setattr(detection, "device_room", lambda device, room=room: room)
+            task = detection.Detection(cache, rows, torch.device("cpu"), masks=True, source="own")
+            assert task.fixed(head) == bool(room)
+            loss = task.start([head, head])
+            losses += [loss(features, batch) for batch in (own, *([places] if room else []))]
+    assert all(torch.allclose(one, losses[0], rtol=1e-5) for one in losses) and losses[0][0] == losses[0][1]
 
 
 def test_seeds_may_share_one_order_and_the_row_says_so(dense: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +253,8 @@ def test_every_head_has_three_seeds_but_one_that_is_the_same_for_all(dense: Work
 
 def test_the_predicted_time_is_told_before_training(dense: Workspace) -> None:
     said: list[str] = []
-    probe(dense, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True), say=said.append)
-    assert len(said) == 1 and said[0].endswith(f"6 iterations, under a minute on {pick_device(None)}")
+    probe(dense, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True, device="cpu"), say=said.append)
+    assert len(said) == 1 and said[0].endswith("6 iterations, under a minute on cpu")
 
 
 def test_a_batch_that_the_memory_does_not_hold_names_one_that_fits(
