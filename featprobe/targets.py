@@ -166,20 +166,7 @@ def move_rle(rle: Rle, left: int, top: int, size: Size) -> dict[str, object]:
     >>> move_rle(encode_rle(np.ones((2, 3), dtype=bool)), 2, 1, (4, 5)) == encode_rle(mask)
     True
     """
-    return _rle_at(decode_rle(rle), left, top, size)
-
-
-def _rle_at(mask: NDArray[np.bool_], left: int, top: int, size: Size) -> dict[str, object]:
-    """Compressed COCO RLE of an image of (height, width) that has a mask at (left, top), else background."""
-    columns, rows = np.nonzero(mask.T)
-    inside = (columns + left) * size[0] + rows + top  # indices of its pixels, column by column
-    first = np.flatnonzero(np.diff(inside, prepend=-2) != 1)  # the first index of each run
-    starts, stops = inside[first], inside[np.append(first[1:], len(inside)) - 1] + 1 if len(inside) else inside
-    edges = np.stack([starts, stops], axis=1).ravel()
-    counts = np.diff(edges, prepend=0, append=size[0] * size[1]).tolist()
-    counts = counts[:-1] if counts[-1] == 0 else counts  # no run is empty but the first
-    moved = coco_mask.frPyObjects({"size": list(size), "counts": counts}, *size)
-    return {"size": list(size), "counts": moved["counts"].decode("ascii")}
+    return encode_window(decode_rle(rle), top, left, size)
 
 
 def cut_instances(instances: Sequence[Instance], part: Part) -> tuple[Instance, ...]:
@@ -252,7 +239,7 @@ def components(labels: Labels, classes: int) -> tuple[Instance, ...]:
     ):
         if value < classes or value == IGNORE:
             left, top, right, bottom = box
-            rle = _rle_at(regions.labels[top:bottom, left:right] == number, left, top, labels.shape)
+            rle = encode_window(regions.labels[top:bottom, left:right] == number, top, left, labels.shape)
             x1, y1, x2, y2 = map(float, box)
             one = Instance(value, (x1, y1, x2, y2), rle, crowd=value == IGNORE, area=float(area))
             found += [one] if value != IGNORE else [replace(one, category=c) for c in range(1, classes)]
