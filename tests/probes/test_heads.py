@@ -633,6 +633,15 @@ def test_detections_of_a_batch_are_those_of_its_images(
     assert (len(found[0].boxes) > 20) == (floor < 1)
 
 
+@pytest.mark.parametrize("of_boxes", [True, False], ids=["boxes", "scores"])
+def test_candidates_of_nan_are_none_and_change_no_others(of_boxes: bool) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 9, 9], [1, 1, 9, 9], [50, 50, 60, 60]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.ones(4, dtype=torch.int64)
+    (boxes if of_boxes else scores)[1] = torch.nan
+    (found,) = found_at_once(Candidates(boxes[None], labels[None], scores[None], 0.3, 0.1))
+    assert torch.equal(found.boxes, boxes[[0, 3]]) and torch.equal(found.scores, scores[[0, 3]])
+
+
 @pytest.mark.parametrize("width", [1, 16, 21])
 def test_masks_come_back_from_a_bit_a_pixel(width: int) -> None:
     masks = (torch.rand(3, 5, width, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
