@@ -316,15 +316,15 @@ def survivors(boxes: Tensor, real: Tensor, iou: float, rounds: int | None) -> Te
 
 def found_at_once(candidates: Candidates) -> list[Detections]:
     """What `suppress` finds among each image's candidates, for all images together: with few stops of a device."""
-    real = (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1)
-    scores, count = candidates.scores * real, candidates.scores.shape[1]
+    real = (candidates.boxes[..., 2:] > candidates.boxes[..., :2]).all(-1) & (candidates.scores > candidates.floor)
+    scores, count = candidates.scores.where(real, 0.0), candidates.scores.shape[1]
     for most in sorted({min(BEST_FIRST, count), count}):  # no box suppresses a better one: mostly the best are enough
         best, place = scores.topk(most)
         boxes = candidates.boxes.gather(1, place[:, :, None].expand(-1, -1, 4))
         labels = candidates.labels.gather(1, place)
-        kept = best * _kept(boxes, labels, best, best > candidates.floor, candidates.iou)
+        kept = best * _kept(boxes, labels, best, candidates.iou)
         values, where = kept.topk(min(MOST_DETECTIONS, most))
-        found, there = torch.stack([(values > 0).sum(1), (scores > candidates.floor).sum(1)]).tolist()
+        found, there = torch.stack([(values > 0).sum(1), real.sum(1)]).tolist()
         if all(own == MOST_DETECTIONS or number <= most for own, number in zip(found, there, strict=True)):
             break
     image = torch.arange(len(found), device=where.device)[:, None].expand_as(where)
@@ -336,15 +336,18 @@ def found_at_once(candidates: Candidates) -> list[Detections]:
     return [Detections(*each) for each in zip(*split, strict=True)]
 
 
-def _kept(boxes: Tensor, labels: Tensor, scores: Tensor, real: Tensor, iou: float) -> Tensor:
-    """Which boxes of each image stay in non-maximum suppression per class: (batch, boxes), 1 or 0. real: those that
-    are boxes at all."""
-    chosen = real.flatten().nonzero()[:, 0]
-    image, flat = chosen // real.shape[1], boxes.flatten(0, 1)
+def _kept(boxes: Tensor, labels: Tensor, scores: Tensor, iou: float) -> Tensor:
+    """Which boxes of each image stay in non-maximum suppression per class: (batch, boxes), 1 or 0.
+
+    boxes: (batch, boxes, 4). labels, scores: (batch, boxes); a score of 0 says that there is none.
+    """
+    chosen = scores.flatten().nonzero()[:, 0]
+    image, flat = chosen // scores.shape[1], boxes.flatten(0, 1)
+    own = flat[chosen]
     parts = [chosen] if len(chosen) <= PAIRED_AT_ONCE else chosen.split(torch.bincount(image).tolist())
-    apart = torch.stack([image, labels.flatten()[chosen]], 1) * (flat.amax() + 1)
-    shifted = flat.index_copy(0, chosen, flat[chosen] + apart.repeat(1, 2))
-    kept = torch.cat([own[nms(shifted[own], scores.flatten()[own], iou)] for own in parts])
+    apart = torch.stack([image, labels.flatten()[chosen]], 1) * (own.amax() + 1 if len(own) else 1)
+    shifted = flat.index_copy(0, chosen, own + apart.repeat(1, 2))
+    kept = torch.cat([part[nms(shifted[part], scores.flatten()[part], iou)] for part in parts])
     return torch.zeros_like(scores).flatten().index_fill_(0, kept, 1.0).view_as(scores)
 
 

@@ -36,7 +36,8 @@ def full_products(device: torch.device) -> AbstractContextManager[object]:
 def recorded(device: torch.device) -> bool:
     """Whether a training step of fixed shapes is recorded once, as a CUDA graph, and replayed.
 
-    With FEATPROBE_RECORD=0 no step is recorded: the results are the same, the training takes longer.
+    With FEATPROBE_RECORD=0 no step is recorded, and the training takes longer. The results are the same but for
+    rounding, and for the samples of heads that draw some at random.
     """
     return device.type == "cuda" and os.environ.get("FEATPROBE_RECORD") != "0"
 

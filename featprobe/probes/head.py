@@ -248,8 +248,9 @@ class ObjectHead(Head):
 class BatchedObjectHead(ObjectHead):
     """An object head whose loss is the same work for every batch of one shape.
 
-    On a GPU its training steps are recorded once and replayed; see `probes.train.train`. What it draws at random it
-    takes from `ObjectBatch.keys`. draws: whether it does, and on a CPU has `forward` draw for each image by itself.
+    On a GPU its training steps are recorded once and replayed; see `probes.train.train`. draws: whether it draws
+    samples at random. Then `batch_loss` takes the random numbers from `ObjectBatch.keys`; on a CPU the head trains with
+    `forward`, which draws for each image by itself.
     """
 
     draws: bool = False

@@ -1,5 +1,7 @@
 """From detections in the frame to objects of the original image."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -55,21 +57,29 @@ def pasted(probabilities: Tensor, boxes: Tensor, size: Size) -> list[tuple[int, 
     starts = boxes[:, :2].long()
     stops = boxes[:, 2:].ceil().long().minimum(torch.tensor(size).flip(0))
     sides = (stops - starts).clamp(min=0) * (boxes[:, 2:] > boxes[:, :2])
-    order = (sides[:, 0] * sides[:, 1]).argsort()
-    areas = (sides[:, 0] * sides[:, 1])[order].tolist()
-    at = next((i for i, area in enumerate(areas) if area), len(areas))
-    while at < len(areas):  # boxes of about one size together
-        stop = at + 1
-        while stop < len(areas) and areas[stop] * (stop + 1 - at) <= PIXELS_AT_ONCE:
-            stop += 1
-        own = order[at:stop]
+    areas = sides.prod(1)
+    order = areas.argsort()[int((areas == 0).sum()) :]
+    for own in _of_one_size(order, sides[order].tolist()):
         masks = _within(probabilities[own], boxes[own], starts[own], sides[own].amax(0).tolist())
         for i, mask, (left, top), (width, height) in zip(
             own.tolist(), masks, starts[own].tolist(), sides[own].tolist(), strict=True
         ):
             found[i] = top, left, mask[:height, :width]
-        at = stop
     return found
+
+
+def _of_one_size(order: Tensor, sides: list[list[int]]) -> Iterator[Tensor]:
+    """Parts of some boxes, in order, that are pasted together: a window that holds each of a part is small enough for
+    all of it. A part has one box at least. order: (boxes,). sides: width and height of each, in this order."""
+    begin, most = 0, (0, 0)
+    for end, (width, height) in enumerate(sides):
+        wider = max(most[0], width), max(most[1], height)
+        if end > begin and wider[0] * wider[1] * (end + 1 - begin) > PIXELS_AT_ONCE:
+            yield order[begin:end]
+            begin, wider = end, (width, height)
+        most = wider
+    if sides:
+        yield order[begin:]
 
 
 def _within(probabilities: Tensor, boxes: Tensor, starts: Tensor, most: list[int]) -> NDArray[np.bool_]:

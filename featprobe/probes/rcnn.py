@@ -153,16 +153,10 @@ class RcnnHead(BatchedObjectHead):
 
     def _found(self, features: Features) -> list[Detections]:
         """The detections of each image, with few stops of a device."""
-        maps, own = self._maps(features), self.regions
+        maps = self._maps(features)
         levels = list(maps.values())
         proposals, there = self.rpn.proposed(self.rpn.said(levels), levels, features, None)
-        logits, deltas = own.said(maps, proposals)
-        boxes = decoded(deltas, proposals[:, :, None], own.box_coder.weights)[:, :, 1:].flatten(1, 2)
-        boxes = clip_to(boxes, features.content, features.frame)
-        scores = (logits.softmax(2)[:, :, 1:] * there[:, :, None]).flatten(1) * _large(boxes, LEAST_BOX)
-        labels = torch.arange(1, self.classes, device=boxes.device).repeat(there.shape[1]).expand_as(scores)
-        masks = partial(self._masks, maps) if own.has_mask() else None
-        return found_at_once(Candidates(boxes, labels, scores, own.nms_thresh, own.score_thresh, masks))
+        return found_at_once(self._candidates(maps, proposals, there, features))
 
     def candidates(self, features: Features) -> Candidates:
         """A candidate for each proposal and each class, from torchvision's layers with its settings.
@@ -170,20 +164,19 @@ class RcnnHead(BatchedObjectHead):
         torchvision goes through a batch image by image, which a graph for batches of any size can't.
         """
         maps = self._maps(features)
-        proposed, there = self._proposed(maps, features)
-        batch, count = proposed.shape[:2]
-        image = torch.arange(batch, device=proposed.device)[:, None, None].expand(-1, count, -1)
-        regions = torch.cat([image.to(proposed.dtype), proposed], 2).flatten(0, 1)  # (batch * proposals, 5)
+        return self._candidates(maps, *self._proposed(maps, features), features)
+
+    def _candidates(self, maps: dict[str, Tensor], proposals: Tensor, there: Tensor, features: Features) -> Candidates:
+        """A candidate for each class of each proposal. proposals: (batch, most, 4). there: (batch, most), which of them
+        are some."""
         own = self.regions
-        logits, deltas = own.box_predictor(own.box_head(own.box_roi_pool.pooled(maps, regions)))
-        decoded = own.box_coder.decode_single(deltas, regions[:, 1:])  # (batch * proposals, classes * 4)
-        boxes = decoded.view(batch, count, self.classes, 4)[:, :, 1:].flatten(1, 2)
+        logits, deltas = own.said(maps, proposals)
+        boxes = decoded(deltas, proposals[:, :, None], own.box_coder.weights)[:, :, 1:].flatten(1, 2)
         boxes = clip_to(boxes, features.content, features.frame)
-        scores = logits.softmax(1).view(batch, count, self.classes)[:, :, 1:] * there[:, :, None]
-        labels = torch.arange(1, self.classes, device=boxes.device).repeat(count).expand(batch, -1)
+        scores = (logits.softmax(2)[:, :, 1:] * there[:, :, None]).flatten(1) * _large(boxes, LEAST_BOX)
+        labels = torch.arange(1, self.classes, device=boxes.device).repeat(there.shape[1]).expand_as(scores)
         masks = partial(self._masks, maps) if own.has_mask() else None
-        real = scores.flatten(1) * _large(boxes, LEAST_BOX)
-        return Candidates(boxes, labels, real, own.nms_thresh, own.score_thresh, masks)
+        return Candidates(boxes, labels, scores, own.nms_thresh, own.score_thresh, masks)
 
     def _maps(self, features: Features) -> dict[str, Tensor]:
         """The pyramid: "stride" -> (batch, width, rows, columns)."""
@@ -282,7 +275,7 @@ class _Proposals(RegionProposalNetwork):
         """torchvision's two losses, as parts of those of all processes' anchors; 0 where none is counted."""
         positive, negative = (torch.cat(own) for own in self.fg_bg_sampler(labels))  # 0 or 1
         goals = torch.cat(regression_targets).masked_fill((positive == 0)[:, None], 0)  # those of nothing are infinite
-        of_box = smooth_l1_loss(pred_bbox_deltas, goals, beta=1 / 9, reduction="none").sum(1)
+        of_box = smooth_l1_loss(pred_bbox_deltas, goals, beta=BETA, reduction="none").sum(1)
         said, wanted = objectness.flatten(), torch.cat(labels).clamp(min=0)
         of_object = binary_cross_entropy_with_logits(said, wanted.to(said.dtype), reduction="none")
         sampled = positive + negative
@@ -514,7 +507,7 @@ def _as_torchvision(target: ObjectTarget, features: Features, image: int) -> dic
 
 def numbered(boxes: Tensor) -> Tensor:
     """Regions as RegionPool takes them, (batch * boxes, 5): the image's number, the box. boxes: (batch, boxes, 4)."""
-    image = torch.arange(len(boxes), dtype=boxes.dtype, device=boxes.device)[:, None, None]
+    image = torch.arange(boxes.shape[0], dtype=boxes.dtype, device=boxes.device)[:, None, None]
     return torch.cat([image.expand(-1, boxes.shape[1], -1), boxes], 2).flatten(0, 1)
 
 

@@ -313,8 +313,8 @@ class _Recorded:
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
                 f"  found   {str(first).splitlines()[0]}\n"
-                "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded. The result is the\n"
-                "same, but the training takes longer."
+                "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded, and the\n"
+                "training takes longer. The result is the same but for rounding, and for samples that a head draws."
             ) from error
         return graph
 

@@ -37,6 +37,7 @@ from featprobe.probes import (
     load_head,
     objects_at_original,
     parameter_count,
+    paste,
     predict_classes,
     save_head,
 )
@@ -63,7 +64,7 @@ from featprobe.probes.rcnn import RegionPool, half_pixel_later
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec
 from featprobe.stages.tasks.detection import MaskStore
-from featprobe.targets import components, decode_rle
+from featprobe.targets import components, decode_rle, encode_rle
 
 FOUR = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 6), (8, 9), (16, 12), (32, 15)))
 ONE = FOUR[1:2]
@@ -632,6 +633,15 @@ def test_detections_of_a_batch_are_those_of_its_images(
     assert (len(found[0].boxes) > 20) == (floor < 1)
 
 
+@pytest.mark.parametrize("of_boxes", [True, False], ids=["boxes", "scores"])
+def test_candidates_of_nan_are_none_and_change_no_others(of_boxes: bool) -> None:
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 9, 9], [1, 1, 9, 9], [50, 50, 60, 60]])
+    scores, labels = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.ones(4, dtype=torch.int64)
+    (boxes if of_boxes else scores)[1] = torch.nan
+    (found,) = found_at_once(Candidates(boxes[None], labels[None], scores[None], 0.3, 0.1))
+    assert torch.equal(found.boxes, boxes[[0, 3]]) and torch.equal(found.scores, scores[[0, 3]])
+
+
 @pytest.mark.parametrize("width", [1, 16, 21])
 def test_masks_come_back_from_a_bit_a_pixel(width: int) -> None:
     masks = (torch.rand(3, 5, width, generator=torch.Generator().manual_seed(0)) < 0.5).to(torch.uint8)
@@ -715,6 +725,26 @@ def test_a_pasted_mask_fills_its_box_and_nothing_else() -> None:
     left = paste_mask(half, [0.0, 0.0, 40.0, 20.0], (20, 40))
     assert left[:, :20].all() and not left[:, 20:].any()
     assert not paste_mask(torch.ones(28, 28), [50.0, 5.0, 60.0, 9.0], (40, 50)).any()
+
+
+def test_long_thin_boxes_are_pasted_as_one_by_one_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated: list[int] = []
+    plain = paste._within
+
+    def within(values: Tensor, boxes: Tensor, starts: Tensor, most: list[int]) -> Any:
+        allocated.append(len(values) * most[0] * most[1])
+        return plain(values, boxes, starts, most)
+
+    monkeypatch.setattr(paste, "_within", within)
+    values = torch.rand(12, 28, 28, generator=torch.Generator().manual_seed(5))
+    across = [[3.0, 40.0 * i, 1990.5, 40.0 * i + 6 + i] for i in range(6)]
+    boxes = torch.tensor(
+        [box if lying else [box[1], box[0], box[3], box[2]] for box in across for lying in (True, False)]
+    )
+    found = paste.rles_of(values, boxes.double(), (2000, 2000))
+    assert max(allocated) <= paste.PIXELS_AT_ONCE
+    alone = [encode_rle(paste_mask(v, box.tolist(), (2000, 2000))) for v, box in zip(values, boxes, strict=True)]
+    assert found == alone
 
 
 def test_detections_come_back_to_the_original_image() -> None:

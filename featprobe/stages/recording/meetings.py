@@ -86,9 +86,9 @@ def overlaps_of_map(calls: MapCalls, ground: Ground) -> Overlaps:
         found = _on_map(calls, [shapes[i] for i in masks]).of((layers * len(shapes) + masks).ravel())
         if not len(bare):
             return found
-        boxes = _boxes(shapes)[bare] + (layers * calls.rows)[..., None] * (0, 1, 0, 1)  # (layers, bare, 4)
-        by_boxes = _boxes_meet(calls.boxes.astype(np.float64), boxes.reshape(-1, 4))
-        return _joined(found, by_boxes.of((layers * len(shapes) + bare).ravel()))
+        boxes = calls.boxes.astype(np.float64) - (calls.layer * calls.rows)[:, None] * (0, 1, 0, 1)
+        by_boxes = _boxes_meet(boxes, _boxes(shapes)[bare])
+        return _joined(found, replace(by_boxes, other=calls.layer[by_boxes.call] * len(shapes) + bare[by_boxes.other]))
 
     category = np.tile(ground.category, calls.layers)
     return _overlaps(meet, calls.category, replace(ground, category=category))

@@ -105,16 +105,16 @@ class Detection:
     def _batch_losses(self, heads: Sequence[BatchedObjectHead]) -> Callable[[Features, Batch], Tensor]:
         """Losses of heads that take the objects of all images at once."""
         rows = np.array(sorted(self.targets), dtype=np.intp)
-        every = self._all_targets
 
         def wanted(batch: Batch) -> ObjectBatch:
             match batch:
                 case Tensor():
-                    return every.at(batch.to(self.device, non_blocking=True))
+                    places = batch.to(self.device, non_blocking=True)
                 case Views():
                     return ObjectBatch.of(batch.objects or ()).to(self.device)
                 case own:
-                    return every.at(torch.from_numpy(np.searchsorted(rows, own)).to(self.device, non_blocking=True))
+                    places = torch.from_numpy(np.searchsorted(rows, own)).to(self.device, non_blocking=True)
+            return self._all_targets.at(places)
 
         def loss(features: Features, batch: Batch) -> Tensor:
             targets = wanted(batch)

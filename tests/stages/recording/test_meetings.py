@@ -3,6 +3,7 @@
 from itertools import product
 
 import numpy as np
+import pytest
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -139,6 +140,18 @@ def test_each_base_of_a_map_meets_the_defects_for_itself(
             here = [[int(np.flatnonzero(own == call)[0]), int(i) - k * len(defects)] for call, i in pairs]
             assert sorted(here) == finds(alone, rule).tolist()
         assert touched(every)[own].tolist() == touched(alone).tolist()
+
+
+@pytest.mark.parametrize("box", [(0.0, 4.0, 6.0, 9.0), (0.0, -5.0, 6.0, 1.0), (1.0, -20.0, 5.0, 20.0)])
+def test_a_box_that_leaves_the_image_meets_no_call_of_another_base(box: tuple[float, float, float, float]) -> None:
+    values = np.zeros((6, 6), np.float32)
+    values[0:2], values[5] = 0.9, 0.3
+    ground = Ground.of([Instance(1, box)], [])
+    calls = calls_at_bases(values, (0.2, 0.5))
+    every = overlaps_of_map(calls, ground)
+    assert calls.layer[every.call].tolist() == every.defect.tolist()
+    alone = [overlaps_of_map(calls_of_map(values, base), ground) for base in (0.2, 0.5)]
+    assert every.shared.tolist() == [shared for own in alone for shared in own.shared.tolist()]
 
 
 def test_the_center_of_a_mask_lies_in_it_where_its_centroid_does_not() -> None:
