@@ -168,10 +168,10 @@ class RowReader:
     def _codes(
         self, level: FeatureLevel, rows: NDArray[np.intp], scales: NDArray[np.uint8]
     ) -> Iterator[NDArray[np.uint8]]:
-        """Codes of a few rows at a time, copied into this thread's memory.
+        """Codes of a few rows at a time, copied into this thread's memory and checked.
 
-        But of one large row that needs no check, in a file that lies in memory, they are the file's own: to copy them
-        costs a quarter of what it takes to decode them.
+        Those of a single large row that needs no check lie in the file's own memory where it is mapped: a copy would
+        take a quarter of the time that decoding takes.
         """
         codes = self._tables[level.name][0]
         few = min(len(rows), max(1, SCRATCH // codes.row_bytes))

@@ -25,21 +25,23 @@ def many_cores() -> Iterator[None]:
 
 @given(st.lists(st.integers(0, 9), max_size=200), st.integers(0, 9), st.integers(1, 9))
 def test_results_and_errors_are_those_of_a_loop(items: list[int], bad: int, workers: int) -> None:
-    def work(item: int) -> int:
-        if item == bad:
-            raise ValueError(item)
-        return item + HERE.get()
+    def work(place: int) -> int:
+        if items[place] == bad:
+            raise ValueError(f"at {place}")
+        return items[place] + HERE.get()
 
+    places = range(len(items))
     token = HERE.set(5)
     try:
         if bad in items:
-            with pytest.raises(ValueError, match=str(bad)):
-                each(work, items)
-            with pytest.raises(ValueError, match=str(bad)), in_threads(work, items, workers) as results:
+            first = f"^at {items.index(bad)}$"
+            with pytest.raises(ValueError, match=first):
+                each(work, places)
+            with pytest.raises(ValueError, match=first), in_threads(work, places, workers) as results:
                 list(results)
             return
-        assert each(work, items) == [item + 5 for item in items]
-        with in_threads(work, items, workers) as results:
+        assert each(work, places) == [item + 5 for item in items]
+        with in_threads(work, places, workers) as results:
             assert list(results) == [item + 5 for item in items]
     finally:
         HERE.reset(token)
