@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from featprobe.stages.workspace import Workspace
@@ -28,6 +29,25 @@ def test_the_benchmark_of_the_gpu_path_measures_every_line_small_on_a_cpu(tmp_pa
     assert {"extract, disk", "linear probe, resident", "linear probe, streamed", "fcos", "finetune"} <= set(figures)
     assert len(figures) >= 16 and all(figure > 0 for figure in figures.values()), done.stdout[-3000:]
     assert not os.listdir(tmp_path)
+
+
+def test_lines_of_the_gpu_path_that_fail_or_have_no_time_count_as_0_and_the_rest_goes_on(tmp_path: Path) -> None:
+    from gpu import Bench, measure
+
+    class Little(Bench):
+        count, side = 8, 64
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    bench = Little(tmp_path / "a", torch.device("cpu"), "embedded", small=False, seconds=60.0)
+    bench.part(fail, "a", "b")
+    bench.part(lambda: bench.line("c", 3.0, "s", 2.0), "c")
+    bench.part(lambda: bench.line("d", 3.0, "s", 2.0), "d", need=100.0)
+    assert {line["work"]: line["ratio"] for line in bench.lines} == {"a": 0, "b": 0, "c": 1.5, "d": 0}
+    late = Little(tmp_path / "b", torch.device("cpu"), "embedded", small=False, seconds=0.0)
+    measure(late)
+    assert len(late.lines) >= 16 and not any(line["ratio"] for line in late.lines)
 
 
 def test_the_benchmark_of_the_gpu_path_says_that_it_needs_a_card() -> None:
