@@ -161,20 +161,15 @@ def regions_of_runs(size: tuple[int, int], runs: Runs, value: NDArray[np.uint8])
 
 def _connected(start: Places, stop: Places, apart: int) -> tuple[Places, int]:
     """The region of each run, (runs,), in the order of their first runs, and how many there are. apart: of two rows."""
-    from scipy.sparse import csr_array  # they take time, and most words of a command line need none of them
-    from scipy.sparse.csgraph import connected_components
-
-    if not len(start):
-        return np.zeros(0, np.intp), 0
     first, last = np.searchsorted(stop, start + apart), np.searchsorted(start, stop + apart, "right")
     run, below = _ranges(first, last)  # those that touch in the next row
-    ends = np.searchsorted(run, np.arange(len(start) + 1))
-    links = below.astype(np.int32), ends.astype(np.int32)  # as `csgraph` wants them
-    graph = csr_array((np.ones(len(below)), *links), (len(start), len(start)))
-    count, found = connected_components(graph, directed=False)
-    place = np.empty(count, np.intp)
-    place[np.argsort(_least(found, np.arange(len(start)), count))] = np.arange(count)
-    return place[found], count
+    least = np.arange(len(start))  # of each run the least run that it is known to be connected to
+    while not np.array_equal(one := least[run], other := least[below]):
+        np.minimum.at(least, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(further := least[least], least):
+            least = further
+    roots = np.flatnonzero(least == np.arange(len(start)))
+    return np.searchsorted(roots, least), len(roots)
 
 
 def _ranges(first: Places, last: Places) -> tuple[Places, Places]:

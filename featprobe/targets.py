@@ -413,7 +413,7 @@ def labels_in_frame(labels: Labels, placement: Placement) -> Labels:
     return framed
 
 
-def runs_of(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+def equal_runs(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """The value of each run of equal values of an array, row by row, and its length.
 
     A mask has far fewer runs than pixels, so that what it holds is known soonest from them.
@@ -429,13 +429,13 @@ def values_in(labels: Labels) -> list[int]:
     >>> values_in(np.array([[0, 0, 3], [3, 255, 0]], dtype=np.uint8))
     [0, 3, 255]
     """
-    found: list[int] = np.flatnonzero(np.bincount(runs_of(labels)[0])).tolist()
+    found: list[int] = np.flatnonzero(np.bincount(equal_runs(labels)[0])).tolist()
     return found
 
 
 def pixels_of_each(labels: Labels) -> NDArray[np.int64]:
     """(256,), how many pixels of labels of any shape have each value."""
-    values, lengths = runs_of(labels)
+    values, lengths = equal_runs(labels)
     return np.bincount(values, weights=lengths, minlength=256).astype(np.int64)
 
 
@@ -446,7 +446,7 @@ def numbered(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     (array([ 9, 70]), array([[1, 1],
            [0, 1]]))
     """
-    own, lengths = runs_of(values)
+    own, lengths = equal_runs(values)
     found, place = np.unique(own, return_inverse=True)
     return found, np.repeat(place, lengths).reshape(values.shape)
 

@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from numpy.typing import NDArray
 
 from featprobe.errors import DataError
-from featprobe.targets import check_labels, numbered, pixels_of_each, runs_of, values_in
+from featprobe.targets import check_labels, equal_runs, numbered, pixels_of_each, values_in
 
 LABELS = arrays(np.uint8, array_shapes(min_dims=1, max_dims=2, min_side=0, max_side=9))
 
@@ -18,7 +18,7 @@ def test_values_and_pixels_are_those_of_every_pixel(labels: NDArray[np.uint8]) -
     every = np.bincount(labels.ravel(), minlength=256)
     assert values_in(labels) == np.flatnonzero(every).tolist()
     assert np.array_equal(pixels_of_each(labels), every)
-    values, lengths = runs_of(labels)
+    values, lengths = equal_runs(labels)
     assert np.array_equal(np.repeat(values, lengths), labels.ravel())
 
 

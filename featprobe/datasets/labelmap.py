@@ -14,7 +14,7 @@ from featprobe.datasets.samples import listed
 from featprobe.datasets.values import gathered, to_whole
 from featprobe.errors import DataError
 from featprobe.io.pictures import MASK_FORMATS, picture
-from featprobe.targets import IGNORE, Labels, numbered, runs_of
+from featprobe.targets import IGNORE, Labels, equal_runs, numbered
 
 NAME = "labelmap.txt"
 IGNORED = ("ignored", "ignore")  # CVAT's name for VOC's void, and featprobe's
@@ -47,7 +47,7 @@ class Labelmap:
             return self._named(_coded(values), self.of_colour, "#{:06x}", path)
         by_line = {**dict(enumerate(self.of_line)), IGNORE: IGNORE}
         palette = _palette(path) if mode == "P" else {}
-        found = np.unique(runs_of(values)[0]).tolist()
+        found = np.unique(equal_runs(values)[0]).tolist()
         if all(palette.get(index) in self.of_colour for index in found):
             by_line = {index: self.of_colour[palette[index]] for index in found}
         return self._named(values.astype(np.int64), by_line, "{}", path)

@@ -30,7 +30,7 @@ from featprobe.geometry import Size
 from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.io.threads import in_threads
 from featprobe.machine import usable_cores
-from featprobe.targets import IGNORE, Labels, Target, numbered, runs_of
+from featprobe.targets import IGNORE, Labels, Target, equal_runs, numbered
 
 COLOURED = ("RGB", "RGBA")
 LEFT_OUT = "ignore"  # a colour of this name is ignored
@@ -150,7 +150,7 @@ def _colours_in(paths: Sequence[Path], root: Path) -> dict[int, str]:
 
     def look(path: Path) -> list[int]:
         with suppress(DataError):
-            return np.unique(runs_of(read_codes(path))[0]).tolist()
+            return np.unique(equal_runs(read_codes(path))[0]).tolist()
         return []
 
     with in_threads(look, paths, usable_cores()) as results:
