@@ -5,13 +5,19 @@
 Images that need no resizing are decoded by two threads each way, in turn: by Pillow into a new array, and by the
 product into the places of a batch's buffer, from where they cross to the device. Before that both must give the same
 levels. The ratio is that of the kind of file that gains least.
+
+Python's lock is measured apart, by sixteen threads whose decoder only waits, for as long as a core needs for a JPEG. Of
+the images per second that they could reach, `lock` is the share that Python leaves them, however many cores there are.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +26,7 @@ from data import pillow
 from extract import texture
 from PIL import Image
 
+from featprobe.datasets.images import decode
 from featprobe.datasets.images.reading import header_of, read_levels
 from featprobe.geometry import place
 from featprobe.specs import FeatureRecipe
@@ -29,6 +36,7 @@ TARGET = 0.9
 THREADS = 2
 CPU = torch.device("cpu")
 KINDS = ("rgb.jpg", "deep.png")
+MANY, WAIT = 16, 0.0018  # threads, and seconds for a JPEG
 
 
 def write(folder: Path, kind: str, count: int, side: int) -> list[Path]:
@@ -77,6 +85,22 @@ class Batches:
                 raise RuntimeError(f"{path.name}: the buffer holds other levels than Pillow gives")
 
 
+def lock_share(batches: Batches, paths: Sequence[Path], rounds: int) -> float:
+    """Images per second of many threads whose decoder only waits, over what they could reach: median of the rounds."""
+
+    def waiting(_: bytes, out: Any) -> Any:
+        time.sleep(WAIT)
+        return out
+
+    libraries, decode.imagecodecs = decode.imagecodecs, SimpleNamespace(jpeg8_decode=waiting, png_decode=waiting)  # type: ignore[assignment]
+    try:
+        with ThreadPoolExecutor(MANY) as pool:
+            run = timed(lambda: batches.run(paths, pool))
+            return WAIT / MANY / float(np.median([run() for _ in range(rounds + 1)][1:])) * len(paths)
+    finally:
+        decode.imagecodecs = libraries
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=positive, default=64, help="of each kind")
@@ -86,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.size % 32:
         parser.error("--size must be a multiple of 32, for images that need no padding")
-    rows, ratios, speeds = [], {}, {}
+    rows, ratios, speeds, lock = [], {}, {}, {}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
         for kind in KINDS:
             paths = write(Path(folder), kind, options.images, options.size)
@@ -98,16 +122,18 @@ def main() -> None:
             }
             timings = interleave(arms, options.rounds)
             ratios[kind], speeds[kind] = timings.ratio("bare", "ours"), options.images / timings.median("ours")
+            lock[kind] = lock_share(batches, paths * 4, options.rounds)
             rows.append(
                 {
                     "file": kind,
                     "Pillow, images/s": f"{options.images / timings.median('bare'):.0f}",
                     "into the buffer, images/s": f"{speeds[kind]:.0f}",
                     "of Pillow": quartile_text(timings.quartiles("bare", "ours")),
+                    "lock": f"{lock[kind]:.2f}",
                 }
             )
-    report("decode", min(ratios.values()), TARGET, rows, ratios=ratios, images_per_second=speeds, threads=THREADS,
-           images=options.images, size=options.size, rounds=options.rounds)  # fmt: skip
+    report("decode", min(ratios.values()), TARGET, rows, ratios=ratios, images_per_second=speeds, lock=lock,
+           threads=THREADS, images=options.images, size=options.size, rounds=options.rounds)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from featprobe.errors import DataError
@@ -27,6 +28,7 @@ class Intensity:
     image: bool = False
 
     @classmethod
+    @lru_cache
     def parse(cls, text: str) -> "Intensity":
         """Read `window:LO:HI`, `percentile:LO:HI`, `minmax` or `none`, with `:log` or `:image` behind; or `log`.
 

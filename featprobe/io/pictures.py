@@ -54,10 +54,16 @@ def picture(source: Path | BinaryIO, formats: tuple[str, ...], where: object = N
             packed = getattr(image, "tag_v2", {}).get(COMPRESSION, 1)
             densest = {"WEBP": 0, "TIFF": DENSEST_TIFF.get(packed, 0)}.get(str(image.format), DENSEST)
             if densest:
-                place = stream.tell()
-                check_held(where, image.height * image.width, stream.seek(0, os.SEEK_END), densest)
-                stream.seek(place)
+                check_held(where, image.height * image.width, size_of(stream), densest)
             yield image
+
+
+def size_of(stream: BinaryIO) -> int:
+    """The bytes of a file or of a buffer; it stays at its place."""
+    place = stream.tell()
+    size = stream.seek(0, os.SEEK_END)
+    stream.seek(place)
+    return size
 
 
 def check_claim(where: object, height: int, width: int) -> None:

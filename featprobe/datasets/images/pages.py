@@ -4,6 +4,7 @@ A page is named as if its file were a folder, by four digits from 0 on: images/s
 that is no reduced copy and no transparency mask, or a plane of an ImageJ stack after its only IFD; in DICOM, a frame.
 """
 
+import io
 import re
 import struct
 import time
@@ -39,7 +40,7 @@ FRAMES = 0x00280008  # DICOM's NumberOfFrames
 
 
 @contextmanager
-def opened_file(file: Path, buffering: int = -1) -> Iterator[BinaryIO]:
+def opened_file(file: Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> Iterator[BinaryIO]:
     """Open a file of a data set for reading. Raises DataError for a pipe, a device or a folder, OSError as `open`."""
     try:
         opened = open(file, "rb", buffering, opener=open_regular)

@@ -122,7 +122,7 @@ def read_levels(path: Path, out: NDArray[Any] | None = None) -> Levels:
 
     out: an array to decode into and to return; see pixels.Opened.read for when it is used.
     """
-    with opened(path) as image:
+    with opened(path, whole=True) as image:
         return image.read(out)
 
 
