@@ -135,6 +135,13 @@ class SlurmHere:
         """`kill -9` of a node's daemon; its jobs stay."""
         os.kill(int((self.folder / f"slurmd-{name}.pid").read_text()), signal.SIGKILL)
 
+    @contextlib.contextmanager
+    def no_new_jobs(self, name: str) -> Iterator[None]:
+        """A node begins no further job; those that run go on."""
+        self.ask("scontrol", "update", f"NodeName={name}", "State=DRAIN", "Reason=test")
+        yield
+        self.ask("scontrol", "update", f"NodeName={name}", "State=RESUME")
+
     def state(self, name: str) -> str:
         """The state of a node."""
         return self.ask("sinfo", "--noheader", "--format=%T", "--nodes", name).strip()

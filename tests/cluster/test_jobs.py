@@ -155,17 +155,26 @@ def ended(cluster: SlurmHere, own: Space) -> bool:
     return not waits(cluster, own)
 
 
+def have_begun(cluster: SlurmHere, *spaces: Space) -> bool:
+    """Whether what SLURM calls running has begun: a job that dies with the daemon that starts it is SLURM's matter."""
+    running = cluster.ask("squeue", "--noheader", "--array", "--states=RUNNING,CONFIGURING", "--format=%i").split()
+    logs = [own.jobs / f"{job}_0_log.out" for own in spaces for job in own.latest() if job in running]
+    return all(log.exists() and "Starting with" in log.read_text() for log in logs)
+
+
 def test_a_study_of_12_cells_ends_as_a_local_one_though_the_daemon_of_its_node_is_killed(
-    cluster: SlurmHere, own: Space, tmp_path: Path, data: Path
+    cluster: SlurmHere, own: Space, waiting: Waiting, tmp_path: Path, data: Path
 ) -> None:
     told = own.rewrite(TWELVE).hand_over("cpus_per_task=1")
     assert "12 trainings on 1 cache" in told and "1 extraction and 12 trainings" in told
     until(lambda: list(own.jobs.glob("*_*_0_log.out")))  # a training has begun
-    cluster.kill_node("main")
-    with pytest.raises(ProcessLookupError):
-        until(lambda: os.kill(int((cluster.folder / "slurmd-main.pid").read_text()), 0))
-    time.sleep(1)
-    cluster.start_node("main")
+    with cluster.no_new_jobs("main"):
+        until(lambda: have_begun(cluster, own, waiting.limited))
+        cluster.kill_node("main")
+        with pytest.raises(ProcessLookupError):
+            until(lambda: os.kill(int((cluster.folder / "slurmd-main.pid").read_text()), 0))
+        time.sleep(1)
+        cluster.start_node("main")
     local = space(tmp_path / "local", data)
     run_grid(local.workspace, read_study(written(tmp_path, TWELVE), local.workspace))
     until(lambda: ended(cluster, own))
