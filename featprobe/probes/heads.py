@@ -22,7 +22,7 @@ from featprobe.probes.head import (
     faults_of,
 )
 from featprobe.probes.linear import LinearHead
-from featprobe.probes.rcnn import RcnnHead
+from featprobe.probes.rcnn.rcnn_head import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
 from featprobe.probes.verdicts.classifiers import KnnClassifier, LinearClassifier
