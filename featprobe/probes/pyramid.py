@@ -208,7 +208,7 @@ class TopDown(Pyramid):
         """The finest map under a 3x3 convolution, from the map of a coarser stride and the levels below it.
 
         Each of these levels goes through the product of its lateral and the 3x3 convolution; both it and the coarser
-        map at their own cells, in a transposed convolution that equals upsampling and then convolving.
+        map at their own cells: see `upsampled_and_convolved`.
         """
         x, inside = above
         parts: list[tuple[Tensor, Tensor, int]] = []
@@ -240,7 +240,10 @@ class TopDown(Pyramid):
         return min(possible, key=lambda base: self._products(features, weight, self.strides[base]))
 
     def _products(self, features: Features, weight: Tensor, base: int) -> float:
-        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made."""
+        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made.
+
+        As many as transposed convolutions would take; back, and over more than two cells, some of these are saved.
+        """
         outputs, width = weight.shape[:2]
         total = 0.0
         for stride in self.strides:
