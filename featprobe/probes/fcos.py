@@ -26,7 +26,9 @@ from featprobe.probes.detections import (
 )
 from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.head import BatchedObjectHead
-from featprobe.probes.pyramid import ConvBlock, detection_pyramid, rectified
+from featprobe.probes.operations.convolutions import convolved, few_outputs
+from featprobe.probes.operations.norms import rectified
+from featprobe.probes.pyramid import ConvBlock, detection_pyramid
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that predict it; long thin cracks need more than FCOS's 1.5
@@ -164,15 +166,21 @@ class FcosHead(BatchedObjectHead):
             maps = self.pyramid.convolved(features, weights[0], self.strides)
             for step, pair in enumerate(towers):
                 if step:
-                    maps = [(conv2d(x, weights[step], padding=1, groups=2), inside) for x, inside in maps]
+                    maps = [(convolved(x, weights[step], groups=2), inside) for x, inside in maps]
                 maps = [(rectified([block.norm for block in pair], x, inside), inside) for x, inside in maps]
-        with full_products(device):  # both at once, each blind to the other's tower: ten outputs cost as many as five
-            named, placed = (pad(own.weight, (0, 0, 0, 0, *side)) for own, side in (
-                (self.class_out, (0, width)), (self.box_out, (width, 0)),
-            ))  # fmt: skip
-            weight, bias = torch.cat([named, placed]), torch.cat([self.class_out.bias, self.box_out.bias])
-            weight = weight.contiguous(memory_format=torch.channels_last)
-            out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
+        outs = (self.class_out, self.box_out)
+        bias = torch.cat([own.bias for own in outs])
+        with full_products(device):
+            if not execution.whole_batches(device):
+                weights = [own.weight for own in outs]
+                out = torch.cat([few_outputs(x, weights) for x, _ in maps], 2) + bias[:, None]
+            else:  # both at once, each blind to the other's tower: ten outputs cost as many as five
+                named, placed = (
+                    pad(own.weight, (0, 0, 0, 0, *side))
+                    for own, side in zip(outs, ((0, width), (width, 0)), strict=True)
+                )
+                weight = torch.cat([named, placed]).contiguous(memory_format=torch.channels_last)
+                out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
         grid = grid_of(self.strides, features.frame, device)
         logits, sides, centrality = out.split([self.classes - 1, 4, 1], 1)
         insides = [inside.flatten(1) for _, inside in maps if inside is not None]

@@ -5,11 +5,11 @@ normalisation counts them.
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, conv_transpose2d, interpolate, max_pool2d
+from torch.nn.functional import interpolate, max_pool2d
 
 from featprobe.errors import ProbeError
 from featprobe.features import Features
@@ -18,6 +18,8 @@ from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import detection_strides
 from featprobe.probes.linear import LevelNorm, level_statistics
+from featprobe.probes.operations.convolutions import convolved, upsampled_and_convolved
+from featprobe.probes.operations.norms import PaddedGroupNorm
 
 GROUPS = 16  # of GroupNorm, as many as divide the width
 SIMPLE_FROM = 8  # pixels: levels of one stride at least this coarse get a simple pyramid
@@ -43,88 +45,6 @@ def cells_of_strides(features: Features, strides: Sequence[int]) -> list[Tensor 
     if inside is None or any(stride % finest for stride in strides):
         return [cells_inside(features.content, (frame[0] // s, frame[1] // s), s) for s in strides]
     return [inside[:, :: stride // finest, :: stride // finest] for stride in strides]
-
-
-class PaddedGroupNorm(nn.GroupNorm):
-    """GroupNorm whose statistics leave cells of padding out."""
-
-    def forward(self, x: Tensor, inside: Tensor | None = None) -> Tensor:
-        """x: (batch, channels, rows, columns). inside: (batch, rows, columns), bool, or None for all."""
-        return group_norm(x, inside, self.num_groups, self.weight, self.bias, self.eps)
-
-    def rectified(self, x: Tensor, inside: Tensor | None) -> Tensor:
-        """The normalised map after a ReLU, with 0 in every cell of padding. x, inside: as for `forward`."""
-        return rectified([self], x, inside)
-
-
-def group_norm(
-    x: Tensor, inside: Tensor | None, groups: int, weight: Tensor, bias: Tensor, eps: float, *, rectify: bool = False
-) -> Tensor:
-    """torch's group_norm of the cells inside, 0 in all others; with a ReLU where that is asked for."""
-    if inside is None:
-        # torch.nn.functional's refuses one image whose map is a single cell of as many groups as channels
-        found = torch.group_norm(x, groups, weight, bias, eps)
-        return found.relu_() if rectify else found
-    rows = x.permute(0, 2, 3, 1).flatten(1, 2).to(weight.dtype)  # (batch, cells, channels)
-    mask = inside.flatten(1)[:, :, None].to(rows.dtype)
-    found = _InsideNorm.apply(rows, mask, weight, bias, groups, eps, rectify)
-    return found.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
-
-
-def rectified(norms: Sequence[PaddedGroupNorm], x: Tensor, inside: Tensor | None) -> Tensor:
-    """Maps that lie one behind the other, each normalised by its own and through a ReLU; 0 in cells of padding.
-
-    x: (batch, channels of all norms, rows, columns). inside: (batch, rows, columns), bool, or None for all.
-    """
-    weight, bias = joined([norm.weight for norm in norms]), joined([norm.bias for norm in norms])
-    groups = sum(norm.num_groups for norm in norms)
-    return group_norm(x, inside, groups, weight, bias, norms[0].eps, rectify=True)
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one behind the other; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-class _InsideNorm(torch.autograd.Function):
-    """GroupNorm over the cells that a mask names, 0 in all others, with or without a ReLU.
-
-    Written out, since autograd would keep and pass five maps more. The variance is the mean square less the squared
-    mean, as in torch's own kernel for channels last.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, mask: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, rectified: bool
-    ) -> Tensor:
-        """x: (batch, cells, channels). mask: (batch, cells, 1), 0 or 1, of the same format."""
-        own = x * mask
-        sums = torch.stack([own.sum(1), (own * x).sum(1)])  # (2, batch, channels)
-        share = (mask.sum((1, 2), keepdim=True).clamp(min=1) * (x.shape[2] // groups)).reciprocal()  # (batch, 1, 1)
-        mean, square = sums.unflatten(2, (groups, -1)).sum(3, keepdim=True) * share  # (batch, groups, 1)
-        rstd = (square - mean.square()).clamp(min=0).add(eps).rsqrt()
-        scale = weight.view(groups, -1) * rstd  # (batch, groups, channels of one)
-        shift = torch.addcmul(bias.view(groups, -1), mean, scale, value=-1)
-        out = torch.addcmul(shift.flatten(1)[:, None], x, scale.flatten(1)[:, None])
-        out = (out.relu_() if rectified else out).mul_(mask)
-        ctx.save_for_backward(x, mask, weight, mean, rstd, share, out if rectified else mask)
-        ctx.rectified = rectified
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, weight, mean, rstd, share, out = ctx.saved_tensors
-        gradient = upstream[0] * (out > 0) if ctx.rectified else upstream[0] * mask
-        groups = (mean.shape[1], -1)
-        sums = torch.stack([gradient.sum(1), (gradient * x).sum(1)]).unflatten(2, groups)
-        of_bias, of_product = sums  # (batch, groups, channels of one)
-        of_weight = (of_product - mean * of_bias) * rstd
-        own = weight.view(groups)
-        slope = -(own * of_weight).sum(2, keepdim=True) * rstd.square() * share
-        level = -(own * of_bias).sum(2, keepdim=True) * rstd * share - slope * mean
-        wide = [v.expand_as(of_bias).flatten(1)[:, None] for v in (own * rstd, slope, level)]
-        of_x = torch.addcmul(torch.addcmul(wide[2], x, wide[1]).mul_(mask), gradient, wide[0])
-        return of_x, None, of_weight.sum(0).flatten(), of_bias.sum(0).flatten(), None, None, None
 
 
 class ConvBlock(nn.Module):
@@ -206,7 +126,7 @@ class Pyramid(nn.Module):
         weight: (outputs, width, 3, 3).
         """
         found = dict(zip(self.strides, self(features), strict=True))
-        return [(conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides]
+        return [(convolved(found[s][0], weight), found[s][1]) for s in strides]
 
 
 class TopDown(Pyramid):
@@ -280,7 +200,7 @@ class TopDown(Pyramid):
         base = self._base(features, weight, strides)
         found = dict(zip(self.strides[base:], self._maps(features, self.strides[base:], strides), strict=True))
         joined = [] if base == 0 else [self._at_finest(features, weight, found[self.strides[base]], base)]
-        return [*joined, *((conv2d(found[s][0], weight, padding=1), found[s][1]) for s in strides[len(joined) :])]
+        return [*joined, *((convolved(found[s][0], weight), found[s][1]) for s in strides[len(joined) :])]
 
     def _at_finest(
         self, features: Features, weight: Tensor, above: tuple[Tensor, Tensor | None], base: int
@@ -288,7 +208,7 @@ class TopDown(Pyramid):
         """The finest map under a 3x3 convolution, from the map of a coarser stride and the levels below it.
 
         Each of these levels goes through the product of its lateral and the 3x3 convolution; both it and the coarser
-        map at their own cells, in a transposed convolution that equals upsampling and then convolving.
+        map at their own cells: see `upsampled_and_convolved`.
         """
         x, inside = above
         parts: list[tuple[Tensor, Tensor, int]] = []
@@ -302,11 +222,7 @@ class TopDown(Pyramid):
         total: Tensor | None = None
         for m, kernel, stride in parts:
             times = stride // self.strides[0]
-            m = m.contiguous(memory_format=torch.channels_last)
-            if times == 1:
-                own = conv2d(m, kernel.contiguous(memory_format=torch.channels_last), padding=1)
-            else:
-                own = conv_transpose2d(m, upsampling_kernel(kernel, times), stride=times, padding=1)
+            own = convolved(m, kernel) if times == 1 else upsampled_and_convolved(m, kernel, times)
             total = own if total is None else total.add_(own)
         assert total is not None
         return total, cells_inside(features.content, (total.shape[2], total.shape[3]), self.strides[0])
@@ -324,7 +240,10 @@ class TopDown(Pyramid):
         return min(possible, key=lambda base: self._products(features, weight, self.strides[base]))
 
     def _products(self, features: Features, weight: Tensor, base: int) -> float:
-        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made."""
+        """Products per cell of the finest map, forward and back, where the map of stride `base` is the finest made.
+
+        As many as transposed convolutions would take; back, and over more than two cells, some of these are saved.
+        """
         outputs, width = weight.shape[:2]
         total = 0.0
         for stride in self.strides:
@@ -336,23 +255,6 @@ class TopDown(Pyramid):
             total += sum(channels) * (taps * outputs if stride < base else cells * width)
             total += 3 * taps * width * outputs if stride == base else 0
         return total
-
-
-def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
-    """The weights that make a transposed convolution of this stride, padded by 1, equal upsampling and a 3x3 one.
-
-    Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
-    times + 2, times + 2), channels last in memory.
-
-    >>> upsampling_kernel(torch.tensor([[[[1., 2., 3.], [0., 0., 0.], [0., 0., 0.]]]]), 2)[0, 0].int().tolist()
-    [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
-    """
-    size = times + 2
-    behind = torch.arange(size, device=weight.device)[:, None] - torch.arange(2, -1, -1, device=weight.device)
-    along = ((behind >= 0) & (behind < times)).to(weight.dtype)  # (size, 3): which weights a row or column sums
-    rows = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (width, 9, outputs)
-    found = torch.bmm(torch.kron(along, along).expand(len(rows), -1, -1), rows)
-    return found.unflatten(1, (size, size)).permute(0, 3, 1, 2)
 
 
 class SimplePyramid(Pyramid):

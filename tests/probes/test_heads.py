@@ -58,8 +58,9 @@ from featprobe.probes.detections import (
 )
 from featprobe.probes.fcos import assign, grid_of
 from featprobe.probes.heads import BUILDERS
+from featprobe.probes.operations.norms import PaddedGroupNorm
 from featprobe.probes.paste import paste_mask
-from featprobe.probes.pyramid import PaddedGroupNorm, Pyramid, TopDown, cells_inside, maps_of
+from featprobe.probes.pyramid import Pyramid, TopDown, cells_inside, maps_of
 from featprobe.probes.rcnn.region_heads import RegionPool, half_pixel_later
 from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec

@@ -1,0 +1,1 @@
+"""Convolutions and norms of heads: torch's, written for CPUs and for padded frames."""

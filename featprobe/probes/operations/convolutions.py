@@ -1,0 +1,249 @@
+"""3x3 convolutions of trained heads: what torch computes, with gradients that suit a CPU.
+
+oneDNN computes the gradient of a convolution's weights at half the speed of a product of matrices, and that of a
+transposed convolution's likewise. Here these gradients are products, of one image's neighbourhoods at a time. All maps
+are channels last in memory.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, conv_transpose2d, pad
+
+from featprobe.probes import execution
+
+CELLS = 256  # of an image, whose neighbourhoods lie in memory at a time
+
+
+def convolved(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """torch's conv2d with a kernel of 3x3 and a padding of 1.
+
+    x: (batch, channels, rows, columns). weight: (outputs, channels / groups, 3, 3).
+    """
+    if execution.whole_batches(x.device) or not torch.is_grad_enabled():
+        return conv2d(x, weight, padding=1, groups=groups)
+    return cast(Tensor, _Convolution.apply(x, weight, groups))
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        ctx.save_for_backward(x, weight)
+        ctx.groups = groups
+        return conv2d(x, weight.contiguous(memory_format=torch.channels_last), padding=1, groups=groups)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        gradient = upstream[0].contiguous(memory_format=torch.channels_last)
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = torch.ops.aten.convolution_backward(
+                gradient, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), ctx.groups, (True, False, False)
+            )[0]
+        if ctx.needs_input_grad[1]:
+            pairs = zip(x.chunk(ctx.groups, 1), gradient.chunk(ctx.groups, 1), strict=True)
+            of_weight = torch.cat([weight_gradient(*pair) for pair in pairs])
+        return of_x, of_weight, None
+
+
+def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of a 3x3 convolution's weights: (outputs, channels, 3, 3).
+
+    x: (batch, channels, rows, columns), its input. gradient: (batch, outputs, rows, columns), of its output.
+    """
+    if x.shape[1] <= gradient.shape[1]:
+        return _correlated(x, gradient).permute(3, 2, 0, 1)
+    return _correlated(gradient, x).flip(0, 1).permute(2, 3, 0, 1)
+
+
+def _correlated(x: Tensor, other: Tensor) -> Tensor:
+    """Sums of products of the values of each cell's neighbours with those of the other map at that cell.
+
+    Returns (3, 3, channels of x, channels of the other).
+    """
+    found = x.new_zeros(9 * x.shape[1], other.shape[1])
+    for image, rows in zip(x.permute(0, 2, 3, 1), other.permute(0, 2, 3, 1), strict=True):
+        for part, near in _neighbourhoods(image):
+            found.addmm_(near.T, rows[part].flatten(0, 1))
+    return found.unflatten(0, (3, 3, -1))
+
+
+def _neighbourhoods(image: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, the 3x3 neighbours of their cells) of an image, which is (rows, columns, channels).
+
+    Neighbours are (cells, 9 * channels), with 0 outside of the image, in memory that the next ones overwrite.
+    """
+    height, width, channels = image.shape
+    step = max(1, CELLS // width)
+    wide = pad(image, (0, 0, 1, 1, 1, 1)).contiguous()
+    windows = wide.unfold(0, 3, 1).unfold(1, 3, 1).permute(0, 1, 3, 4, 2)  # (rows, columns, 3, 3, channels)
+    memory = image.new_empty(min(step, height), width, 3, 3, channels)
+    for start in range(0, height, step):
+        part = slice(start, min(start + step, height))
+        yield part, memory[: part.stop - start].copy_(windows[part]).view(-1, 9 * channels)
+
+
+def few_outputs(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """3x3 convolutions with a padding of 1 and few outputs, each of its own channels of x, one behind the other.
+
+    x: (batch, channels of all, rows, columns), channels last in memory. weights: each (outputs, channels, 3, 3).
+    Returns (batch, outputs of all, rows * columns), cells last in memory.
+    """
+    return cast(Tensor, _FewOutputs.apply(x, *weights))
+
+
+class _FewOutputs(torch.autograd.Function):
+    """Cells go through the nine products of each kernel, whose results are moved and summed: they are few."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(x, *weights)
+        (height, width), outputs = x.shape[2:], [len(weight) for weight in weights]
+        wide = x.new_zeros(sum(outputs), height + 2, width + 2)
+        found = x.new_empty(len(x), sum(outputs), height, width)
+        by_tap = [weight.permute(2, 3, 0, 1).flatten(0, 2) for weight in weights]  # (9 * outputs, channels)
+        channels = [weight.shape[1] for weight in weights]
+        for image, own in zip(x.permute(0, 2, 3, 1).flatten(1, 2), found, strict=True):
+            wide.zero_()
+            for taps, cells, out in zip(by_tap, image.split(channels, 1), wide.split(outputs), strict=True):
+                near = torch.mm(taps, cells.T).view(3, 3, -1, height, width)
+                for row, column in itertools.product(range(3), range(3)):
+                    at = out[:, 2 - row : 2 - row + height, 2 - column : 2 - column + width]
+                    at.add_(near[row, column])
+            own.copy_(wide[:, 1:-1, 1:-1])
+        return found.flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        (height, width), outputs = x.shape[2:], [len(weight) for weight in weights]
+        by_tap = [weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2) for weight in weights]
+        of_taps = [torch.zeros_like(taps) for taps in by_tap]
+        channels = [weight.shape[1] for weight in weights]
+        of_x = torch.empty_like(x, memory_format=torch.channels_last)
+        rows = [m.permute(0, 2, 3, 1).flatten(1, 2) for m in (x, of_x)]  # (batch, cells, channels of all)
+        for image, of_image, gradient in zip(*rows, upstream[0].unflatten(2, (height, width)), strict=True):
+            windows = pad(gradient, (1, 1, 1, 1)).unfold(1, height, 1).unfold(2, width, 1).permute(1, 2, 0, 3, 4)
+            parts = (image.split(channels, 1), of_image.split(channels, 1), windows.split(outputs, 2))
+            for taps, of_own, cells, of_cells, own in zip(by_tap, of_taps, *parts, strict=True):
+                near = own.reshape(len(taps), -1)  # (9 * outputs, cells)
+                torch.mm(near.T, taps, out=of_cells)
+                of_own.addmm_(near, cells)
+        own_shape = [own.unflatten(0, (3, 3, -1)).flip(0, 1).permute(2, 3, 0, 1) for own in of_taps]
+        return of_x, *own_shape
+
+
+def upsampled_and_convolved(x: Tensor, weight: Tensor, times: int) -> Tensor:
+    """x with each cell repeated along both axes, under a 3x3 convolution with a padding of 1.
+
+    x: (batch, channels, rows, columns). weight: (outputs, channels, 3, 3). times: of each cell along an axis, at least
+    2. Returns (batch, outputs, times * rows, times * columns).
+    """
+    return cast(Tensor, _UpsampledConvolution.apply(x, weight, times))
+
+
+class _UpsampledConvolution(torch.autograd.Function):
+    """Cells go through the nine products of the kernel before they are repeated; back, sums of them do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, times: int) -> Tensor:
+        cells = x.permute(0, 2, 3, 1).contiguous()  # (batch, rows, columns, channels)
+        ctx.save_for_backward(cells, weight)
+        ctx.times = times
+        if times == 2:  # torch's needs 16 products of a cell, but fewer passes over memory
+            kernel = upsampling_kernel(weight, times)
+            return conv_transpose2d(cells.permute(0, 3, 1, 2), kernel, stride=times, padding=1)
+        (height, width, channels), outputs = cells.shape[1:], len(weight)
+        by_tap = weight.permute(1, 2, 3, 0).reshape(channels, -1)  # (channels, 9 * outputs)
+        found = x.new_empty(len(x), height * times, width * times, outputs)
+        wide = x.new_empty(height, width, times, 3, outputs)
+        for image, own in zip(cells, found, strict=True):
+            taps = (image.flatten(0, 1) @ by_tap).view(height, width, 3, 3, outputs)
+            _spread(taps.movedim(3, 0), wide.movedim(2, 0), 1)
+            _spread(wide.flatten(1, 2).movedim(2, 0), own.view(height, times, -1, outputs).movedim(1, 0), 0)
+        return found.permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        cells, weight = ctx.saved_tensors
+        (height, width, channels), outputs, times = cells.shape[1:], len(weight), ctx.times
+        by_tap = weight.permute(2, 3, 0, 1).reshape(-1, channels)  # (9 * outputs, channels)
+        of_x = torch.empty_like(cells) if ctx.needs_input_grad[0] else None
+        of_taps = torch.zeros_like(by_tap)
+        step = min(height, max(1, CELLS // width))
+        rows = cells.new_empty(3, step, width * times + 2, outputs)
+        taps = cells.new_empty(step, width, 3, 3, outputs)
+        for i, image in enumerate(upstream[0].permute(0, 2, 3, 1)):
+            wide = pad(image, (0, 0, 1, 1, 1, 1))
+            for start in range(0, height, step):
+                part = slice(start, min(start + step, height))
+                count = part.stop - start
+                _gather(wide, start, times, rows[:, :count], 0)
+                _gather(rows[:, :count].movedim(0, 1), 0, times, taps[:count].permute(3, 0, 2, 1, 4), 2)
+                sums, own = taps[:count].view(-1, 9 * outputs), cells[i, part].view(-1, channels)
+                if of_x is not None:
+                    torch.mm(sums, by_tap, out=of_x[i, part].view(-1, channels))
+                of_taps.addmm_(sums.T, own)
+        return (
+            None if of_x is None else of_x.permute(0, 3, 1, 2),
+            of_taps.view(3, 3, outputs, channels).permute(2, 3, 0, 1),
+            None,
+        )
+
+
+def _spread(taps: Tensor, found: Tensor, axis: int) -> None:
+    """Repeat cells along an axis, each under the three taps of a kernel, and sum what falls to one place.
+
+    taps: (3, …), the products of cells with each tap. found: (times, …), filled: the places of one cell. axis: of
+    cells, behind the first.
+    """
+    last = taps.shape[axis + 1] - 1
+    torch.add(taps[1], taps[2], out=found[0])
+    torch.add(taps[0], taps[1], out=found[-1])
+    torch.add(found[-1], taps[2], out=found[1])
+    found[2:-1] = found[1]
+    found[0].narrow(axis, 1, last).add_(taps[0].narrow(axis, 0, last))
+    found[-1].narrow(axis, 0, last).add_(taps[2].narrow(axis, 1, last))
+
+
+def _gather(places: Tensor, start: int, times: int, taps: Tensor, axis: int) -> None:
+    """The transpose of `_spread`, for some cells.
+
+    places: a map, padded by 1 along this axis. start: the first of the cells. taps: (3, …), filled.
+    """
+    size = taps.shape[axis + 1] * times
+
+    def of_cell(place: int) -> Tensor:  # what stands at this place of each cell, -1 and `times` being its neighbours'
+        near = places.narrow(axis, start * times + 1 + place, size - times + 1)
+        return near[(slice(None),) * axis + (slice(None, None, times),)]
+
+    first, last = of_cell(0), of_cell(times - 1)
+    without_last, without_first = first, last
+    if times > 2:
+        middle = sum((of_cell(place) for place in range(2, times - 1)), of_cell(1))
+        without_last, without_first = first + middle, middle + last
+    torch.add(of_cell(-1), without_last, out=taps[2])
+    torch.add(without_last, last, out=taps[1])
+    torch.add(without_first, of_cell(times), out=taps[0])
+
+
+def upsampling_kernel(weight: Tensor, times: int) -> Tensor:
+    """The weights that make a transposed convolution of this stride, padded by 1, equal upsampling and a 3x3 one.
+
+    Upsampling repeats each cell `times` times along both axes. weight: (outputs, width, 3, 3). Returns (width, outputs,
+    times + 2, times + 2), channels last in memory.
+
+    >>> upsampling_kernel(torch.tensor([[[[1., 2., 3.], [0., 0., 0.], [0., 0., 0.]]]]), 2)[0, 0].int().tolist()
+    [[0, 0, 0, 0], [0, 0, 0, 0], [3, 5, 3, 1], [3, 5, 3, 1]]
+    """
+    size = times + 2
+    behind = torch.arange(size, device=weight.device)[:, None] - torch.arange(2, -1, -1, device=weight.device)
+    along = ((behind >= 0) & (behind < times)).to(weight.dtype)  # (size, 3): which weights a row or column sums
+    rows = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (width, 9, outputs)
+    found = torch.bmm(torch.kron(along, along).expand(len(rows), -1, -1), rows)
+    return found.unflatten(1, (size, size)).permute(0, 3, 1, 2)
