@@ -7,13 +7,15 @@ from torch import Tensor
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import execution
 from featprobe.probes.linear import EPSILON, LinearHead
 
 STRENGTHS = tuple(10.0**k for k in range(-6, 2))
 """Regularisation strengths: multiples of the total weight, for features of variance 1."""
 SMALLEST_VARIANCE = 1e-8
 OFFSETS = torch.linspace(-0.3, 0.3, 31)  # tried per class, added to its present offset
-ROUNDS = 3
+ROUNDS = 4
+CELLS_AT_ONCE = 1 << 14  # that offsets are tried on, on a CPU: what its caches hold of all tries
 
 
 class RidgeSums:
@@ -97,7 +99,8 @@ def choose(
     """The best of some heads on validation, and what to add to its classes' logits.
 
     batches: (features, class shares of the finest grid's cells). step: one cell of so many, drawn at random, is used.
-    Offsets are searched class by class for the highest mean foreground IoU of cells.
+    Offsets are searched class by class for the highest mean foreground IoU of cells, of each head to the end: after one
+    round another head may be ahead.
     Returns (index, offsets (classes,), that IoU).
     """
     kept: list[list[Tensor]] = [[] for _ in heads]
@@ -112,13 +115,12 @@ def choose(
         for own, head in zip(kept, heads, strict=True):
             own.append(head(features).movedim(1, -1).reshape(-1, classes)[chosen])
     truth = torch.cat(cells)  # (cells, classes)
-    logits = [torch.cat(own) for own in kept]
+    logits = [torch.cat(kept.pop(0)) for _ in heads]  # each head's pieces end with the pop
     none = heads[0].bias.new_zeros(classes)
-    tried = [_offsets(own, truth, none, 1) for own in logits]
+    tried = [_offsets(own, truth, none, ROUNDS) for own in logits]
     scores = torch.stack([score for _, score in tried]).tolist()
     best = max(range(len(heads)), key=lambda index: scores[index])  # the first of equals
-    offsets, score = _offsets(logits[best], truth, tried[best][0], ROUNDS)
-    return best, offsets, float(score)
+    return best, tried[best][0], scores[best]
 
 
 def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tup
         before = best
         for index in range(1, logits.shape[1]):
             tried = offsets[index] + OFFSETS.to(offsets)
-            scores = _scores_of(logits + offsets, logits[:, index, None] + tried, index, truth)
+            scores = _scores_of(logits, offsets, tried, index, truth)
             first = scores.argmax()
             better = scores[first] > best
             best = torch.where(better, scores[first], best)
@@ -143,25 +145,34 @@ def _offsets(logits: Tensor, truth: Tensor, offsets: Tensor, rounds: int) -> tup
     return offsets, best
 
 
-def _scores_of(logits: Tensor, own: Tensor, index: int, truth: Tensor) -> Tensor:
-    """foreground_iou for several logits of one class beside those of the others: (tries,).
+def _scores_of(logits: Tensor, offsets: Tensor, tried: Tensor, index: int, truth: Tensor) -> Tensor:
+    """foreground_iou with each of some offsets for one class, beside those of the others: (tries,)."""
+    classes = truth.shape[1]
+    step = max(1, len(truth)) if execution.whole_batches(truth.device) else CELLS_AT_ONCE
+    pieces = zip(logits.split(step), truth.split(step), strict=True)
+    found = [_moved(own + offsets, own[:, index, None] + tried, index, labels) for own, labels in pieces]
+    sums, lost = (torch.stack(own).sum(0) for own in zip(*found, strict=True))
+    said, hit = (sums - lost[:, : 2 * classes]).unflatten(1, (2, classes)).unbind(1)
+    is_own = torch.arange(classes, device=truth.device) == index
+    said, hit = torch.where(is_own, lost[:, -2:-1], said), torch.where(is_own, lost[:, -1:], hit)
+    return _foreground_mean(hit, said, truth.sum(0))
+
+
+def _moved(logits: Tensor, own: Tensor, index: int, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Mass and hits of the classes where one class takes no cell, (2 * classes,), and what it takes from them.
 
     logits: (cells, classes), of which the column `index` is not looked at. own: (cells, tries), what stands there.
+    What it takes: (tries, 2 * classes + 2), mass and hits of the others, then the mass and the hits it has there.
     """
     classes = truth.shape[1]
     others = logits.clone()
     others[:, index] = -torch.inf
     highest, other = others.max(1, keepdim=True)
     won = ((own > highest) | ((own == highest) & (index < other))).to(truth.dtype)  # the lowest of equals
-    place = torch.arange(classes, device=truth.device)
-    of_other = (other == place).to(truth.dtype)  # (cells, classes)
+    of_other = (other == torch.arange(classes, device=truth.device)).to(truth.dtype)  # (cells, classes)
     mass = truth.sum(1, keepdim=True)
     parts = torch.cat([of_other * mass, of_other * truth, mass, truth[:, index, None]], 1)
-    lost = won.T @ parts  # (tries, 2 * classes + 2), what goes from the others to the class
-    said, hit = (parts[:, : 2 * classes].sum(0) - lost[:, : 2 * classes]).unflatten(1, (2, classes)).unbind(1)
-    is_own = place == index
-    said, hit = torch.where(is_own, lost[:, -2:-1], said), torch.where(is_own, lost[:, -1:], hit)
-    return _foreground_mean(hit, said, truth.sum(0))
+    return parts[:, : 2 * classes].sum(0), won.T @ parts
 
 
 def foreground_iou(logits: Tensor, truth: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
+from featprobe.probes import ridge
 from featprobe.probes.linear import EPSILON, LinearHead
 from featprobe.probes.ridge import STRENGTHS, RidgeSums, choose, foreground_iou
 
@@ -126,6 +127,35 @@ def test_offsets_never_lower_the_score_on_validation(seed: int, step: int) -> No
         moved = heads[index](features).movedim(1, -1).reshape(-1, 3)[chosen] + offsets
     assert score >= max(plain) and score == pytest.approx(foreground_iou(moved, truth))
     assert offsets[0] == 0
+
+
+def test_the_choice_is_the_best_of_all_heads_searched_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one round another head may be ahead."""
+    changed = 0
+    for seed in range(60):
+        features, shares = made(SEVERAL, 5, seed)
+        torch.manual_seed(seed)
+        heads = [LinearHead(SEVERAL, 5).eval() for _ in range(4)]
+        each = [choose([head], [(features, shares)])[2] for head in heads]
+        index, _, score = choose(heads, [(features, shares)])
+        assert (index, score) == (int(np.argmax(each)), max(each))
+        with monkeypatch.context() as short:
+            short.setattr(ridge, "ROUNDS", 1)
+            changed += choose(heads, [(features, shares)])[0] != index
+    assert changed  # so this looked at cases where it matters
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_offsets_do_not_depend_on_how_many_cells_are_looked_at_at_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features, shares = made(SEVERAL, 3, 4)
+    torch.manual_seed(4)
+    heads = [LinearHead(SEVERAL, 3).eval() for _ in range(2)]
+    index, offsets, score = choose(heads, [(features, (shares * 64).round() / 64)])
+    monkeypatch.setattr(ridge, "CELLS_AT_ONCE", at_once)
+    again = choose(heads, [(features, (shares * 64).round() / 64)])
+    assert (again[0], again[1].tolist(), again[2]) == (index, offsets.tolist(), score) and offsets.any()
 
 
 def test_foreground_iou_by_hand() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from featprobe.metrics.defects.overlaps import finds
 from featprobe.metrics.defects.records import NOTHING, About, Floats, FoundRule, Records, found_scores
@@ -127,7 +128,7 @@ class Trials(Watch):
 
     def __init__(self, truth: SplitTruth, tried: Sequence[Bases], rule: FoundRule) -> None:
         self.truth, self.tried, self.rule = truth, tried, rule
-        self.found: dict[tuple[int, int], list[tuple[Floats, Floats]]] = {}
+        self.found: dict[tuple[int, int], tuple[Floats, Floats, NDArray[np.uint8]]] = {}
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
@@ -137,10 +138,8 @@ class Trials(Watch):
         placed = overlaps.some(overlaps.call_area <= most)
         defects = found_scores(finds(placed, self.rule), calls.score, len(overlaps.defect_class))
         false_call = self.truth.judged(image, overlaps) == NOTHING
-        self.found[head, image] = [
-            (found, calls.score[false_call & (calls.layer == k)])
-            for k, found in enumerate(defects.reshape(calls.layers, -1))
-        ]
+        false_layer = calls.layer[false_call].astype(np.uint8)
+        self.found[head, image] = defects.reshape(calls.layers, -1), calls.score[false_call], false_layer
 
     def best(self) -> Bases:
         """The base of each head by the areas under its curves; all processes ask for them together."""
@@ -150,7 +149,8 @@ class Trials(Watch):
             own = [every[key] for key in sorted(every) if key[0] == head]
             areas = []
             for k in range(len(bases)):
-                defects, false_calls = (np.concatenate([image[k][side] for image in own]) for side in (0, 1))
+                defects = np.concatenate([found[k] for found, _, _ in own])
+                false_calls = np.concatenate([score[layer == k] for _, score, layer in own])
                 areas.append(area_under_froc(defects, false_calls, len(own)))
             best.append(middle_of_best(areas, bases))
         return tuple(best)
@@ -185,23 +185,35 @@ def area_under_froc(defects: Floats, false_calls: Floats, images: int) -> float:
 
 
 class _Sample(Watch):
-    """Some pixels of each map, drawn by the number of its image, so that all processes draw alike."""
+    """Some pixels of each map, drawn by the number of its image, so that all processes draw alike.
+
+    Those of a head lie in one array: many small ones would have to be joined, in as much memory again.
+    """
 
     def __init__(self, images: int) -> None:
-        self.each = max(1, SAMPLED // max(1, images))
-        self.drawn: dict[tuple[int, int], Floats] = {}
+        self.images, self.each = images, max(1, SAMPLED // max(1, images))
+        self._drawn: dict[int, Floats] = {}  # by head; what is behind `_ends` is not filled
+        self._ends: dict[int, int] = {}
+        self._places: dict[tuple[int, int], slice] = {}  # of each head and image
 
     def pixels(self, head: int, image: int, values: Floats, classes: Labels | None) -> None:
         """See `Watch`."""
         flat, random = values.ravel(), np.random.default_rng(image)
         some = flat if len(flat) <= self.each else flat[random.integers(len(flat), size=self.each)]
-        self.drawn[head, image] = some.copy()
+        if head not in self._drawn:
+            self._drawn[head], self._ends[head] = np.empty(self.images * self.each, np.float32), 0
+        if (head, image) not in self._places:
+            start = self._ends[head]
+            self._ends[head] = start + len(some)
+            self._places[head, image] = slice(start, self._ends[head])
+        self._drawn[head][self._places[head, image]] = some
 
     def quantiles(self, heads: int) -> list[Bases]:
-        """QUANTILES of the pixels of all images, of each head; all processes ask for them together."""
-        every = {key: own for part in gathered([self.drawn]) for key, own in part.items()}
+        """QUANTILES of the pixels of all images, of each head, once; all processes ask for them together."""
+        parts = gathered([{head: own[: self._ends[head]] for head, own in self._drawn.items()}])
         found = []
         for head in range(heads):
-            pixels = np.concatenate([every[key] for key in sorted(every) if key[0] == head])
-            found.append(tuple(np.quantile(pixels, QUANTILES, method="higher").tolist()))
+            own = [part[head] for part in parts if head in part]
+            pixels = own[0] if len(own) == 1 else np.concatenate(own)
+            found.append(tuple(np.quantile(pixels, QUANTILES, method="higher", overwrite_input=True).tolist()))
         return found

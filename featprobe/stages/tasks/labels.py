@@ -1,12 +1,12 @@
 """The masks of a cache as training and scoring want them, decoded once for all runs over it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from featprobe.cache import Cache
@@ -26,10 +26,12 @@ _shelves: WeakKeyDictionary[Cache, "LabelShelf"] = WeakKeyDictionary()
 class Encoded:
     """The masks of some rows, laid into the frame.
 
-    labels: at "level" pixels of each class in each cell, int16, (rows, classes, height / stride, width / stride); at
-    "image" uint8, (rows, height, width); None where they are not kept. pixels: (classes,), how many are labelled.
+    rows: ascending. labels: at "level" pixels of each class in each cell, int16, (rows, classes, height / stride, width
+    / stride); at "image" uint8, (rows, height, width); None where they are not kept. pixels: (classes,), how many are
+    labelled.
     """
 
+    rows: Rows
     labels: Tensor | None
     pixels: Tensor
 
@@ -41,9 +43,8 @@ class LabelShelf:
         self.left = int(MEMORY_SHARE * available_memory() / count())  # bytes
         self.objects: dict[str, dict[int, tuple[Instance, ...]]] = {}  # of rows, by where they come from
         self._truths: dict[int, Labels] = {}
-        self._pixels: dict[int, Tensor] = {}
+        self._pixels: Tensor | None = None  # labelled, (rows of the cache, classes); -1 where they are not counted yet
         self._encoded: dict[tuple[str, int, bytes], Encoded] = {}
-        self._rows: dict[tuple[str, int], dict[int, Tensor]] = {}  # what the tensors of _encoded hold of each row
 
     def truths(self, cache: Cache, images: Rows) -> list[Labels]:
         """The masks of whole images at their own size: (height, width), uint8."""
@@ -61,20 +62,31 @@ class LabelShelf:
         if keep and key in self._encoded:
             return self._encoded[key]
         labels = self._room_for(cache, rows, loss_at, stride) if keep else None
-        known = self._rows.setdefault((loss_at, stride), {})
-        lacking = []
-        for place, row in enumerate(rows.tolist()):
-            if labels is not None and row in known:
-                labels[place] = known[row]
-            elif labels is not None or row not in self._pixels:
-                lacking.append(place)
-        places = np.array(lacking, dtype=np.intp)
-        self._pixels |= zip(rows[places].tolist(), _encode(cache, rows, places, labels, loss_at, stride), strict=True)
-        found = Encoded(labels, torch.stack([self._pixels[row] for row in rows.tolist()]).sum(0))
+        if self._pixels is None:
+            self._pixels = torch.full((len(cache), len(cache.data.classes)), -1)
+        index = torch.from_numpy(rows.astype(np.int64))
+        if labels is None:
+            lacking = (self._pixels[index, 0] < 0).numpy()
+        else:
+            lacking = self._fill_in(labels, rows, loss_at, stride)
+        places = np.flatnonzero(lacking)
+        self._pixels[index[places]] = _encode(cache, rows, places, labels, loss_at, stride)
+        found = Encoded(rows, labels, self._pixels[index].sum(0))
         if labels is not None:
-            known |= zip(rows.tolist(), labels, strict=True)
             self._encoded[key] = found
         return found
+
+    def _fill_in(self, labels: Tensor, rows: Rows, loss_at: str, stride: int) -> NDArray[np.bool_]:
+        """Copy the labels of rows that are kept already; returns which rows are not, (rows,)."""
+        lacking = np.ones(len(rows), dtype=bool)
+        for (at, of_stride, _), kept in self._encoded.items():
+            if (at, of_stride) == (loss_at, stride) and kept.labels is not None:
+                wanted = np.flatnonzero(lacking)
+                _, here, there = np.intersect1d(rows[wanted], kept.rows, assume_unique=True, return_indices=True)
+                for place, other in zip(wanted[here].tolist(), there.tolist(), strict=True):
+                    labels[place] = kept.labels[other]
+                lacking[wanted[here]] = False
+        return lacking
 
     def _room_for(self, cache: Cache, rows: Rows, loss_at: str, stride: int) -> Tensor | None:
         """Memory for the labels of rows, for which others are forgotten where that helps; None where it does not."""
@@ -83,7 +95,6 @@ class LabelShelf:
         if wanted > self.left:
             self.left += sum(own.labels.nbytes for own in self._encoded.values() if own.labels is not None)
             self._encoded.clear()
-            self._rows.clear()
         if wanted > self.left:
             return None
         self.left -= wanted
@@ -113,10 +124,8 @@ def _shape_of(cache: Cache, rows: int, loss_at: str, stride: int) -> tuple[tuple
     return (rows, len(cache.data.classes), height // stride, width // stride), torch.int16
 
 
-def _encode(
-    cache: Cache, rows: Rows, places: Rows, labels: Tensor | None, loss_at: str, stride: int
-) -> Sequence[Tensor]:
-    """The labelled pixels of each class, (classes,), in the rows at some places; fills in their labels if given."""
+def _encode(cache: Cache, rows: Rows, places: Rows, labels: Tensor | None, loss_at: str, stride: int) -> Tensor:
+    """The labelled pixels in the rows at some places, (places, classes); fills in their labels if given."""
     height, width = cache.recipe.frame
 
     def work(part: Rows) -> Tensor:
@@ -131,7 +140,8 @@ def _encode(
     step = max(1, PIXELS_AT_ONCE // (height * width))
     parts = [places[start : start + step] for start in range(0, len(places), step)]
     threads = min(usable_cores() // count(), len(parts)) if len(parts) > 1 else 1
+    none = torch.zeros((0, len(cache.data.classes)), dtype=torch.int64)
     if threads < 2:
-        return [own for part in parts for own in work(part)]
+        return torch.cat([none, *map(work, parts)])
     with single_threaded(threads, "label-reader") as pool:
-        return [own for found in pool.map(work, parts) for own in found]
+        return torch.cat([none, *pool.map(work, parts)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from featprobe.metrics.defects.overlaps import Overlaps, touched
 from featprobe.metrics.defects.records import FoundRule
-from featprobe.stages.recording.base import Trials, area_under_froc
+from featprobe.stages.recording.base import QUANTILES, Trials, _Sample, area_under_froc
 from featprobe.stages.recording.meetings import Ground
 from featprobe.targets import Instance, encode_rle
 
@@ -54,4 +54,17 @@ def test_a_base_at_which_one_call_covers_the_image_does_not_win() -> None:
     for image in range(3):
         trials.pixels(0, image, values, np.ones((32, 32), np.uint8))
     assert trials.best() == (0.5,)
-    assert [np.isfinite(defects).all() for defects, _ in trials.found[0, 0]] == [False, True, False]
+    assert [np.isfinite(defects).all() for defects in trials.found[0, 0][0]] == [False, True, False]
+
+
+def test_quantiles_are_those_of_all_maps_of_a_head_each_counted_once() -> None:
+    rng = np.random.default_rng(0)
+    maps = {
+        (head, image): rng.normal(size=(5, 4 + image)).astype(np.float32) for head in range(2) for image in range(3)
+    }
+    sample = _Sample(3)
+    for (head, image), values in [*maps.items(), *maps.items()]:  # some are handed over again
+        sample.pixels(head, image, values, None)
+    for head, found in enumerate(sample.quantiles(2)):
+        pixels = np.concatenate([own.ravel() for (of, _), own in maps.items() if of == head])
+        assert found == tuple(np.quantile(pixels, QUANTILES, method="higher").tolist())

@@ -334,6 +334,17 @@ def test_labels_are_those_of_the_masks_however_little_memory_there_is(
         assert encode(mixed, own, loss_at, 4).shape == wanted[own].shape
 
 
+def test_labels_are_kept_as_few_tensors(mixed: Cache) -> None:
+    """A tensor for each row would take hundreds of bytes beside the labels themselves."""
+    rows = mixed.usable()
+    labels._shelves.clear()
+    gc.collect()
+    before = sum(type(own) is torch.Tensor for own in gc.get_objects())
+    stores = [Segmentation(mixed, some, TrainRecipe(), CPU, "ignore").store(4) for some in (rows[::2], rows)]
+    assert sum(type(own) is torch.Tensor for own in gc.get_objects()) - before < len(rows)
+    assert all(store.resident for store in stores)
+
+
 def test_masks_of_a_split_are_sent_to_a_device_once_where_they_fit(
     mixed: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
