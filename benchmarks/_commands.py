@@ -1,8 +1,9 @@
 """Every command that writes, run in a child process on a tiny set, with writes that are counted, refused or killed.
 
 A write is any call that can change what lies below the workspace: a file opened for writing, bytes put into it, a sync,
-a rename, a link, a new folder. The set is twelve images of 32x32 pixels under timm's smallest network with random
-weights; a run takes about a second. The workspace lies at one path for all runs, since caches are named by the path of their set.
+a rename, a link, a new folder, a removal. The set is twelve images of 32x32 pixels under timm's smallest network with
+random weights; a run takes about a second. The workspace lies at one path for all runs, since caches are named by the
+path of their set.
 """
 
 import builtins
@@ -120,7 +121,8 @@ class Ran:
     def refused(self) -> bool:
         """Whether it ended in words of ours."""
         said = self.err.rpartition("\r")[2]
-        return self.code in (1, 3) and "Traceback" not in self.err and ("featprobe: " in said or "failed: " in said)
+        words = any(text in said for text in ("featprobe: ", "failed: ", "not marked as missing: "))
+        return self.code in (1, 3) and "Traceback" not in self.err and words
 
 
 class _Writes:

@@ -51,6 +51,12 @@ def list_cache(path: Path) -> dict[str, Any]:
     }
 
 
+def missing_rows(path: Path) -> set[int]:
+    """The rows of a cache that `extract` computes again. Raises CacheError."""
+    _, done, _ = read_states(path)
+    return set(np.flatnonzero(done == MISSING).tolist())
+
+
 def describe_cache(path: Path) -> dict[str, Any]:
     """The contents of a cache file, as plain values."""
     cache = Cache(path, read_contents(path))

@@ -5,8 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import filled_cache
+from click.testing import CliRunner
+from helpers import filled_cache, flip_byte
 
+from featprobe.cache import RowLocks
+from featprobe.cli.main import cli
+from featprobe.errors import CacheBusyError
 from featprobe.stages.extraction.run_log import log_path
 from featprobe.stages.extraction.settled import look_path
 from featprobe.stages.upkeep.caches import remove_cache
@@ -33,3 +37,18 @@ def test_a_removal_that_the_disk_refuses_can_be_run_again(
             remove_cache(path)
     assert path.exists(), "the cache goes last"
     assert remove_cache(path) and not any(own.exists() for own in (*beside, path))
+
+
+def test_only_rows_that_were_marked_are_said_to_be_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(locks: RowLocks) -> None:
+        raise CacheBusyError("another process has it")
+
+    cache = filled_cache(tmp_path / "some.h5")
+    extent = cache.contents.extents[f"features/{cache.levels[0].name}"]
+    flip_byte(cache.path, extent.offset + 2 * extent.row_bytes)
+    with monkeypatch.context() as patched:
+        patched.setattr(RowLocks, "claim_all", busy)
+        said = CliRunner().invoke(cli, ["cache", "verify", str(cache.path)]).stdout
+    assert "row 2 is not marked as missing: run this command again first" in said and "now marked" not in said
+    said = CliRunner().invoke(cli, ["cache", "verify", str(cache.path)]).stdout
+    assert "row 2 is now marked as missing" in said and "not marked" not in said
