@@ -194,7 +194,7 @@ def _removed(path: Any, *_: Any, dir_fd: int | None = None, **__: Any) -> Any:
     """What is removed; "/" for temporary files, since those that can't be removed stay."""
     folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
     whole = os.path.join(folder, os.fsdecode(path))
-    return "/" if ".tmp" in whole else whole
+    return "/" if ".tmp" in whole or os.path.abspath(whole).startswith(os.environ["TMPDIR"]) else whole
 
 
 class _Raw(io.FileIO):
