@@ -1,8 +1,9 @@
 """Every command that writes, run in a child process on a tiny set, with writes that are counted, refused or killed.
 
 A write is any call that can change what lies below the workspace: a file opened for writing, bytes put into it, a sync,
-a rename, a link, a new folder. The set is twelve images of 32x32 pixels under the embedded backbone; a run takes about
-a second. The workspace lies at one path for all runs, since caches are named by the path of their set.
+a rename, a link, a new folder, a removal. The set is twelve images of 32x32 pixels under timm's smallest network with
+random weights; a run takes about a second. The workspace lies at one path for all runs, since caches are named by the
+path of their set.
 """
 
 import builtins
@@ -17,6 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,24 @@ from kill9 import write_set
 CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports are done once, for all children
 CONTEXT.set_forkserver_preload([
     "featprobe.cli.main", "featprobe.stages.extraction.extract", "featprobe.stages.training.finetune",
-    "featprobe.stages.study.study", "featprobe.stages.comparison.compare", "featprobe.stages.predict",
-    "featprobe.stages.upkeep.check", "featprobe.stages.upkeep.convert", "featprobe.stages.upkeep.describe",
-    "featprobe.stages.upkeep.caches", "featprobe.backbones.backbone", "timm", "pyarrow.parquet",
+    "featprobe.stages.study.study", "featprobe.stages.study.run_study", "featprobe.stages.study.grid",
+    "featprobe.stages.study.cluster", "featprobe.stages.comparison.compare", "featprobe.stages.inspection.inspect",
+    "featprobe.stages.inspection.lines", "featprobe.stages.recording.rescore", "featprobe.stages.predict",
+    "featprobe.stages.export.export", "featprobe.stages.try_out", "featprobe.stages.upkeep.check",
+    "featprobe.stages.upkeep.convert", "featprobe.stages.upkeep.describe", "featprobe.stages.upkeep.caches",
+    "featprobe.stages.upkeep.saved_heads", "featprobe.stages.upkeep.starter", "featprobe.datasets.generated",
+    "featprobe.backbones.backbone", "timm", "h5py", "onnxscript", "onnxruntime", "imagecodecs._png",
+    "matplotlib.backends.backend_svg", "pandas.core.arrays.arrow.extension_types", "pandas.io.formats.csvs",
+    "pyarrow.pandas_compat", "pyarrow.parquet", "pydantic.dataclasses", "torch.utils.serialization",
 ])  # fmt: skip
 IMAGES, SIDE = 12, 32
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+REMOVALS = ("unlink", "remove", "rmdir")
 SECONDS = 300  # that a command may take
+ARCHIVE = Path(__file__).parents[1] / "tests" / "archives" / "images-8775eda"
 BRIEF = ("--iterations", "2", "--batch-size", "2", "--quiet", "--device", "cpu")
 STUDY = """data = ["set"]
-backbones = ["embedded"]
+backbones = ["test_efficientnet_gn-random"]
 regimes = ["frozen"]
 sizes = ["32x32"]
 seeds = 2
@@ -43,26 +53,51 @@ show = 1
 iterations = 2
 batch_size = 2
 """
-EXTRACT = "extract --backbone embedded --data set --size 32x32 --batch-size 4 --workers 1 --quiet --device cpu".split()
+MODEL = "test_efficientnet_gn"  # timm's smallest; few tensors, and so few writes of a checkpoint
+EXTRACT = ["extract", "--backbone", MODEL, "--random-init", "--data", "set", "--size", "32x32", "--batch-size", "4",
+           "--workers", "1", "--quiet", "--device", "cpu"]  # fmt: skip
 PROBE = ["probe", "--data", "set", "--seeds", "2", "--show", "1", *BRIEF]
+INSPECT = ["inspect", "{head}", "--false-calls", "1", "--out", "tables", "--quiet", "--device", "cpu"]
 HEAD = "{head}"  # stands for the folder of the first head
 COMMANDS: Mapping[str, tuple[tuple[str, ...], list[str]]] = {
     "extract": ((), EXTRACT),
+    "extract again": (("extract", "damage", "cache verify"), EXTRACT),
+    "extract changed": (("extract", "change"), EXTRACT),
+    "extract int8": ((), [*EXTRACT, "--dtype", "int8"]),
+    "extract pooled": ((), [*EXTRACT, "--store", "pooled"]),
+    "plan": ((), ["plan", *EXTRACT[1:]]),
     "probe": (("extract",), PROBE),
     "probe again": (("extract", "probe"), PROBE),
     "finetune": (("extract",), ["finetune", "--data", "set", "--seeds", "1", "--workers", "1", *BRIEF]),
     "study": (("extract",), ["study", "study.toml"]),
     "compare": (("extract", "probe"), ["compare", "--quiet"]),
+    "inspect": (("extract", "probe"), INSPECT),
+    "inspect --rescore": (("extract", "probe"), [*INSPECT, "--rescore"]),
     "predict": (("extract", "probe"), ["predict", HEAD, "set/images", "--out", "found", "--quiet", "--device", "cpu"]),
+    "export": (("extract", "probe"), ["export", HEAD, "--out", "model.onnx", "--test-images", "1"]),
+    "probes ls": (("extract", "probe"), ["probes", "ls"]),
+    "probes rm": (("extract", "probe"), ["probes", "rm", "set", "--yes"]),
+    "init": ((), "--workspace new init set --quiet".split()),
+    "try": ((), ["try", "set", "--backbone", f"{MODEL}-random", "--size", "32x32", "--minutes", "1", "--yes",
+                 "--no-open", "--quiet", "--device", "cpu"]),
+    "data info": ((), "data info set".split()),
     "data split": ((), "data split set --out split.csv --quiet --workers 1".split()),
     "data convert": ((), "data convert set --out coco --quiet".split()),
+    "data convert --link": ((), "data convert set --out coco --link --quiet".split()),
     "data check": ((), "data check set --html check.html --quiet --workers 1".split()),
     "data show": ((), "data show set --out sheet.png".split()),
     "data make": ((), "data make xray --images 12 --size 32x32".split()),
+    "cache ls": (("extract",), ["cache", "ls"]),
+    "cache info": (("extract",), "cache info set".split()),
     "cache verify": (("extract", "damage"), "cache verify set --quiet".split()),
+    "cache upgrade": (("archive",), "cache upgrade embedded --quiet".split()),
+    "cache audit": (("extract",), "cache audit set --seeds 1 --iterations 2 --quiet --device cpu".split()),
     "cache rm": (("extract",), "cache rm set --yes".split()),
-}
-"""Command -> what must have run before it, and its words."""
+    "backbones": ((), ["backbones"]),
+    "config": ((), ["config"]),
+    "doctor": ((), ["doctor", "--offline"]),
+}  # fmt: skip
+"""Command -> what must have run before it, and its words. Those that write nothing are here to show it."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +121,8 @@ class Ran:
     def refused(self) -> bool:
         """Whether it ended in words of ours."""
         said = self.err.rpartition("\r")[2]
-        return self.code in (1, 3) and "Traceback" not in self.err and ("featprobe: " in said or "failed: " in said)
+        words = any(text in said for text in ("featprobe: ", "failed: ", "not marked as missing: "))
+        return self.code in (1, 3) and "Traceback" not in self.err and words
 
 
 class _Writes:
@@ -98,7 +134,7 @@ class _Writes:
         self.write = os.write
 
     def note(self, what: str, target: Any) -> None:
-        """Count a write to a path or a descriptor; raises OSError where it is to fail."""
+        """Count a write to a path or a descriptor; raises OSError where it is to fail. A full disk still removes."""
         handle = isinstance(target, int)
         path = os.readlink(f"/proc/self/fd/{target}") if handle else os.path.abspath(os.fsdecode(target))
         if not path.startswith(self.root):
@@ -110,6 +146,8 @@ class _Writes:
             return
         if self.fault.kind == "SIGKILL":
             os.kill(os.getpid(), signal.SIGKILL)
+        if what in REMOVALS and self.fault.kind == "ENOSPC":
+            return
         if number == self.fault.at or self.fault.kind == "ENOSPC":
             code = ERRORS[self.fault.kind]
             raise OSError(code, os.strerror(code), path)
@@ -121,6 +159,8 @@ class _Writes:
         for name in ("replace", "rename", "link", "symlink"):
             self._before(os, name, lambda source, target, *_, **__: target)
         self._before(os, "mkdir", lambda path, *_, **__: path)
+        for name in REMOVALS:
+            self._before(os, name, _removed)
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
         self._before(os, "open", lambda path, flags, *_, **__: path if flags & writing else "/")
         plain = io.open
@@ -148,6 +188,13 @@ class _Writes:
             return plain(*words, **named)
 
         setattr(owner, name, call)
+
+
+def _removed(path: Any, *_: Any, dir_fd: int | None = None, **__: Any) -> Any:
+    """What is removed; "/" for temporary files, since those that can't be removed stay."""
+    folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+    whole = os.path.join(folder, os.fsdecode(path))
+    return "/" if ".tmp" in whole or os.path.abspath(whole).startswith(os.environ["TMPDIR"]) else whole
 
 
 class _Raw(io.FileIO):
@@ -184,6 +231,7 @@ class Bench:
         write_set(self.root / "set", IMAGES, (SIDE, SIDE))
         (self.root / "study.toml").write_text(STUDY)
         (self.root / "tmp").mkdir()
+        self.changes = {"damage": self._damage, "change": self._change, "archive": self._archive}
         shutil.copytree(self.root, self.states / "start", symlinks=True)
 
     def before(self, name: str) -> None:
@@ -193,9 +241,9 @@ class Bench:
         if not state.exists():
             self._become(self.states / "start")
             for own in needed:
-                if own == "damage":
-                    self._damage()
-                elif (ran := self.run(own)).code != 0:
+                if own in self.changes:
+                    self.changes[own]()
+                elif (ran := self.run(own)).code not in (0, 3):
                     raise RuntimeError(f"{own}: {ran.code} {ran.err[-2000:]}")
             shutil.copytree(self.root, state, symlinks=True)
         self._become(state)
@@ -215,6 +263,15 @@ class Bench:
         whole = path.read_bytes()
         assert whole.count(last) == 1
         path.write_bytes(whole.replace(last, bytes(byte ^ 1 for byte in last)))
+
+    def _change(self) -> None:
+        """Remove an image, so that `extract` copies the rows of the others into a new file."""
+        for folder in ("images", "masks"):
+            (self.root / "set" / folder / "part03.png").unlink()
+
+    def _archive(self) -> None:
+        """A workspace of an earlier state, with a cache of an older version."""
+        shutil.copytree(ARCHIVE / "cache", self.root / "cache")
 
     def start(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Any:
         """Start a command in a child."""
@@ -266,15 +323,22 @@ class Bench:
         last = {row["folder"]: (row["seed"], row["val"], row["test"]) for row in rows}
         return sorted(last.items())
 
-    def features(self) -> list[bytes]:
-        """The rows of every cache, with their states."""
-        from featprobe.cache import Cache, read_contents
+    def features(self, *, damaged: bool = False) -> list[bytes]:
+        """The rows of every cache, with their states. damaged: allow damaged rows, which are named as such."""
+        from featprobe.cache import WHOLE, Cache, read_contents
+        from featprobe.errors import CacheError
 
         found = []
         for path in sorted(self.root.glob("cache/*/*.h5")):
             cache = Cache(path, read_contents(path))
             found.append(cache.done.tobytes())
-            found += [cache.read_row(i, level).tobytes() for level in cache.levels for i in range(len(cache))]
+            for level, row in product(cache.levels, (cache.done == WHOLE).nonzero()[0].tolist()):
+                try:
+                    found.append(cache.read_row(row, level).tobytes())
+                except CacheError:
+                    if not damaged:
+                        raise
+                    found.append(b"damaged")
         return found
 
     def result(self) -> tuple[Any, ...]:
@@ -283,4 +347,4 @@ class Bench:
         Without the picture sheets of heads, which a study draws once, after the row.
         """
         files = sorted(name for name in self.files() if not name.endswith("/sheet.png"))
-        return files, self.scores(), self.features()
+        return files, self.scores(), self.features(damaged=True)

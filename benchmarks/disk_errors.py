@@ -45,7 +45,8 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
         for path in before
         if path not in changed and after.get(path) != before[path] and not path.endswith("/sheet.png")
     ]
-    found += [f"the row of {folder} is gone" for folder in dict(rows) if folder not in dict(bench.scores())]
+    kept = {folder for folder, _ in rows} & dict(whole[1]).keys()
+    found += [f"the row of {folder} is gone" for folder in sorted(kept - dict(bench.scores()).keys())]
     if completed:
         return found
     again = bench.run(name)
@@ -89,11 +90,11 @@ def main() -> None:
                     met["not met" if found == ["not met"] else "wrong" if found else "right"] += 1
                     if found and found != ["not met"]:
                         wrong.append(f"{name}, {kind} at write {at} ({ran.writes[at]}): {found}")
+                        tqdm.write(wrong[-1])
             trials += met["right"] + met["wrong"]
             ways = {way: str(met[way]) for way in ("right", "wrong", "not met")}
             rows.append({"command": name, "writes": str(len(places)), **ways})
-    for line in wrong:
-        print(line)
+            tqdm.write(str(rows[-1]))
     report("disk_errors", (trials - len(wrong)) / max(1, trials), 1.0, rows, trials=trials, wrong=len(wrong))
 
 

@@ -276,7 +276,7 @@ def _version_text(version: int) -> str:
 
 def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
     """The findings in a file, what was done, and what to do."""
-    from featprobe.stages.upkeep.caches import describe_cache
+    from featprobe.stages.upkeep.caches import describe_cache, missing_rows
 
     lines = [f"  row {one.row} {one.id}: {one.part}" if one.row >= 0 else f"  {one.part}" for one in damages]
     try:
@@ -286,16 +286,22 @@ def _verified_text(path: Path, damages: Sequence["Damage"]) -> str:
     if damages:
         rows = sorted({one.row for one in damages if one.row >= 0})
         if rows and now["intact"]:
-            few = ", ".join(map(str, rows[:FEW_ROWS])) + (", …" if len(rows) > FEW_ROWS else "")
-            one = len(rows) == 1
-            lines.append(
-                f"  {'row' if one else f'{len(rows)} rows:'} {few} {'is' if one else 'are'} now marked as missing"
-            )
+            marked = missing_rows(path)
+            lines += _rows_line([row for row in rows if row in marked], "now marked as missing")
+            again = "not marked as missing: run this command again first"
+            lines += _rows_line([row for row in rows if row not in marked], again)
         return "\n".join([f"{path}: {len(damages)} bad", *lines, f"  To repair it, run:  {now['command']}"])
     if missing := now["missing"]:
         lack = f"{missing} of {counted(now['rows'], 'row')} {'is' if missing == 1 else 'are'} missing"
         return f"{path}: sound, but {lack}. To finish it, run:  {now['command']}"
     return f"{path}: sound"
+
+
+def _rows_line(rows: Sequence[int], what: str) -> list[str]:
+    """A line on rows, or none where there are none."""
+    few = ", ".join(map(str, rows[:FEW_ROWS])) + (", …" if len(rows) > FEW_ROWS else "")
+    one = len(rows) == 1
+    return [f"  {'row' if one else f'{len(rows)} rows:'} {few} {'is' if one else 'are'} {what}"] if rows else []
 
 
 def _audit_text(found: "Audit") -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
-from featprobe.errors import DataError, DiskError, nearest
-from featprobe.io.disk import write_whole
+from featprobe.errors import DataError, nearest
+from featprobe.io.disk import write_together
 from featprobe.io.texts import cell, uncell
 from featprobe.specs import digest
 
@@ -109,11 +109,7 @@ def write_split_file(path: Path, ids: Sequence[str], groups: Sequence[str], spli
     text = stream.getvalue()
     if os.path.lexists(path):
         raise DataError(f"{path} is there already. Nothing was changed. Remove it, or name another file.")
-    try:
-        write_whole(path, text.encode("utf-8" if text.isascii() else "utf-8-sig"))
-    except DiskError:
-        path.unlink(missing_ok=True)  # it was not there before, so the same command can run again
-        raise
+    write_together({path: text.encode("utf-8" if text.isascii() else "utf-8-sig")}, fresh=True)
 
 
 def pin(data: DataSet, file: SplitFile) -> DataSet:

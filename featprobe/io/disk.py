@@ -59,11 +59,13 @@ def write_whole(path: Path, data: Content) -> None:
         stream.write(_bytes_of(data))
 
 
-def write_together(files: Mapping[Path, Content], seal: Path | None = None, stale: Iterable[Path] = ()) -> None:
+def write_together(
+    files: Mapping[Path, Content], seal: Path | None = None, stale: Iterable[Path] = (), *, fresh: bool = False
+) -> None:
     """Write files that belong together: each as by `replacing`, and none changes before all are on the disk.
 
     seal: one of them, whose presence shows that the others are complete; it is removed first and written last. stale:
-    files to remove. Raises DiskError.
+    files to remove. fresh: none of the files was there, so after an error none is. Raises DiskError.
     """
     written: dict[Path, Path] = {}  # path -> its temporary file
     path, kept = next(iter(files)), True
@@ -79,7 +81,10 @@ def write_together(files: Mapping[Path, Content], seal: Path | None = None, stal
         _put([pair for pair in written.items() if pair[0] != seal])
         _put([pair for pair in written.items() if pair[0] == seal])
     except OSError as error:
-        raise _refused(path, error, kept=kept) from error
+        for made in files if fresh else ():
+            with suppress(OSError):
+                made.unlink(missing_ok=True)
+        raise _refused(path, error, kept=kept or fresh) from error
     finally:
         for temporary in written.values():
             with suppress(OSError):
@@ -105,7 +110,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                     _sync_path(file)
             _sync_path(folder)
         temporary.rename(path)
-        sync_folder(path.parent)
+        _sync_or_undo(path, temporary)
     except OSError as error:
         raise DiskError(
             f"{path} can't be written: {error.strerror or error}.\n"
@@ -261,6 +266,16 @@ def _put(written: list[tuple[Path, Path]]) -> None:
         temporary.replace(path)
     for folder in dict.fromkeys(path.parent for path, _ in written):
         sync_folder(folder)
+
+
+def _sync_or_undo(path: Path, temporary: Path) -> None:
+    """Bring the new name of a folder to the disk, or give it its temporary name again. Raises OSError."""
+    try:
+        sync_folder(path.parent)
+    except OSError:
+        with suppress(OSError):
+            path.rename(temporary)
+        raise
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -51,6 +51,12 @@ def list_cache(path: Path) -> dict[str, Any]:
     }
 
 
+def missing_rows(path: Path) -> set[int]:
+    """The rows of a cache that `extract` computes again. Raises CacheError."""
+    _, done, _ = read_states(path)
+    return set(np.flatnonzero(done == MISSING).tolist())
+
+
 def describe_cache(path: Path) -> dict[str, Any]:
     """The contents of a cache file, as plain values."""
     cache = Cache(path, read_contents(path))
@@ -219,14 +225,15 @@ def _with_beside(path: Path) -> int:
 def remove_cache(path: Path) -> int:
     """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
 
-    Raises CacheBusyError when a process is writing into it.
+    The cache itself goes last, so that after an error the same command finds it again. Raises CacheBusyError when a
+    process is writing into it, and OSError where the disk refuses.
     """
     with RowLocks(path) as locks:
         locks.claim_all()
         size = _with_beside(path)
-        path.unlink()
-        for beside in (log_path(path), look_path(path), pooled_path(path), truth_path(path)):
+        for beside in (look_path(path), pooled_path(path), truth_path(path), log_path(path)):
             if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
                 beside.unlink(missing_ok=True)
+        path.unlink()
         remove_leftovers(path.parent)
     return size

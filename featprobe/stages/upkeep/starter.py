@@ -67,7 +67,7 @@ def start(workspace: Workspace, data: DataSet, checked: DataCheck) -> Started:
     check_free(workspace)
     aim = aim_at(checked, data)
     config, study = _places(workspace)
-    write_together({config: _config_text(workspace, data, checked), study: _study_text(data, aim)})
+    write_together({config: _config_text(workspace, data, checked), study: _study_text(data, aim)}, fresh=True)
     return Started(data.name, checked, aim, (config, study))
 
 
