@@ -254,6 +254,8 @@ def hostile_heads(space: Path, outside: Path) -> None:
         "records_fifo": ("defects.parquet", os.mkfifo), "records_out": ("defects.parquet", outside / "secret.txt"),
         "records_words": ("defects.parquet", written(HOSTILE["a dictionary of 64 million empty words"]())),
         "records_rows": ("defects.parquet", written(HOSTILE["rows that no byte stands for"]())),
+        "point_out": ("operating.json", outside / "secret.txt"),
+        "card_link": ("card.json", outside / "head" / "card.json"),
         "point_deep": ("operating.json", b"[" * 200_000), "point_fifo": ("operating.json", os.mkfifo),
         "head_claims": ("head.safetensors", struct.pack("<Q", 1 << 40) + b"{}"),
     }  # fmt: skip

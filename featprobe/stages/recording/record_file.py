@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import FieldError, FileKindError, ProbeError
-from featprobe.io.disk import write_whole
+from featprobe.io.disk import below, write_whole
 from featprobe.io.fields import limits, made, plain
 from featprobe.io.parquet import Column, Kind, read_table, table_bytes
 from featprobe.machine import available_memory
@@ -130,7 +130,8 @@ def read_records(folder: Path, head_sha256: str) -> Records:
     """
     path = folder / RECORDS
     try:
-        said, columns = read_table(path, COLUMNS, available_memory() // 4)
+        found = below(folder, RECORDS, "The folder of a head")
+        said, columns = read_table(found, COLUMNS, available_memory() // 4)
         records = _records_of(made(_Said, said, "The table"), columns)
     except FileNotFoundError as error:
         raise ProbeError(
