@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault
+from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault, unsynced
 from click.testing import CliRunner
 from disk_errors import counted, faults_of
 from head_loss import lose, states
@@ -398,6 +398,18 @@ def test_a_disk_that_refuses_a_write_ends_a_command_in_words_and_the_same_comman
         found = faults_of(bench, name, Fault(at, kind), whole, changed)
         at //= 2
     assert not found, f"{kind} at a write of {ran.writes}"
+
+
+@pytest.mark.parametrize("name", ["extract", "probe", "study", "compare", "inspect", "rescore", "predict"])
+def test_what_a_command_wrote_is_on_the_disk_before_a_row_names_it_and_when_it_ends(bench: Bench, name: str) -> None:
+    bench.before(name)
+    ran = bench.run(name)
+    assert ran.code == 0 and ran.writes
+    assert not unsynced(ran.writes)
+    for what in ("fsync", "fdatasync"):  # each is needed: without it the look finds something
+        assert not any(own.startswith(what) for own in ran.writes) or unsynced(
+            [own for own in ran.writes if not own.startswith(what)]
+        )
 
 
 def test_the_page_of_a_study_that_was_killed_before_it_is_written_by_the_next_run(bench: Bench) -> None:
