@@ -24,7 +24,7 @@ import torch
 from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault, unsynced
 from click.testing import CliRunner
 from disk_errors import counted, faults_of
-from head_loss import lose, states
+from head_loss import faults_beside, lose, states
 from helpers import PoolingBackbone, training_of, write_set
 from helpers import extract as extract_into
 from torch import nn
@@ -398,6 +398,15 @@ def test_a_disk_that_refuses_a_write_ends_a_command_in_words_and_the_same_comman
         found = faults_of(bench, name, Fault(at, kind), whole, changed)
         at //= 2
     assert not found, f"{kind} at a write of {ran.writes}"
+
+
+@pytest.mark.parametrize(("file", "way"), [("defects.parquet", "empty"), ("operating.json", "zeros")])
+def test_what_lies_beside_a_head_is_refused_when_lost_and_made_again_without_training(
+    bench: Bench, file: str, way: str
+) -> None:
+    """benchmarks/head_loss.py takes every way."""
+    bench.before("compare")
+    assert not faults_beside(bench, bench.states / "extract-probe", file, way)
 
 
 @pytest.mark.parametrize("name", ["extract", "probe", "study", "compare", "inspect", "rescore", "predict"])
