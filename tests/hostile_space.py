@@ -354,6 +354,7 @@ CONFIGS = {
     "a name that leads out": '[data."../../outside/evil"]\npath = "sets/names"\n',
     "a name of control characters": '[data."\\u001b[2J"]\npath = "sets/names"\n',
     "one that is nested deep": "data = " + "[" * 100_000,
+    "a name of a hundred thousand parts": "a." * 100_000 + "a = 1",
     "a huge one": "#" * (1 << 23),
     "a pipe": "",
 }
