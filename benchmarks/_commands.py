@@ -221,6 +221,37 @@ def _main(root: Path, words: Sequence[str], said: Path, fault: Fault, umask: int
     main(words)
 
 
+def unsynced(writes: Sequence[str]) -> list[str]:
+    """What a loss of power could take of what a command wrote, by its writes in order.
+
+    A file must be on the disk before it gets its name, its name when the command ends, and both before a line is
+    appended to a file of lines, which may name them. Files in the folder of temporary files don't count.
+    """
+    bytes_of, names = set[str](), set[str]()
+    faults = []
+    for line in writes:
+        what, _, path = line.partition(" ")
+        if path.startswith("tmp/"):
+            continue
+        if what in ("stream", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate"):
+            waiting = (bytes_of | names) - {path}
+            faults += [
+                f"{path} gets a line before {other} is on the disk" for other in waiting if path.endswith(".jsonl")
+            ]
+            bytes_of.add(path)
+        elif what in ("fsync", "fdatasync"):
+            bytes_of.discard(path)
+            names = {name for name in names if os.path.dirname(name) != ("" if path == "." else path)}
+        elif what in ("replace", "rename", "link", "symlink", "mkdir"):
+            folder, name = os.path.split(path)
+            own = os.path.join(folder, f".{name[:40]}.")  # its temporary file
+            faults += [
+                f"{path} gets its name before its bytes are on the disk" for other in bytes_of if other.startswith(own)
+            ]
+            names.add(path)
+    return faults + [f"{path} is not on the disk at the end" for path in sorted(bytes_of | names)]
+
+
 class Bench:
     """A workspace at one path, and its states before each command. said: where children print, outside of it."""
 

@@ -8,6 +8,10 @@ but the card: 18 states. In each of them `compare` must end in words, name the c
 still rank the other seed; `predict` must refuse where head or card is not what was written; the study, and for a
 backbone that was trained too `finetune`, must train that head again and no other; and then everything must be what it
 was before. A control is left alone: nothing may be trained again there.
+
+Then what lies beside a head and is made again without training, its records and its operating point, in 4 states each:
+nothing may be trained again, `compare` must rank both seeds, `inspect` and `predict` must refuse a file that is not
+what was written and name the command that makes it again, and that command must give the same bytes.
 """
 
 import argparse
@@ -21,6 +25,8 @@ from _commands import Bench
 
 FILES = {"frozen": ("head.safetensors", "card.json", "curves.json", "scores.npz")}
 FILES["full"] = (*FILES["frozen"], "backbone.safetensors")
+BESIDE = {"defects.parquet": "rescore", "operating.json": "inspect"}
+"""What lies beside a head without an entry in its card, and the command that makes it again."""
 WAYS = ("gone", "empty", "half", "zeros")
 
 
@@ -79,6 +85,31 @@ def faults_of(bench: Bench, state: Path, lost: dict[str, str], again: str) -> li
     return found
 
 
+def faults_beside(bench: Bench, state: Path, file: str, way: str) -> list[str]:
+    """What is wrong after a file beside the first seed's head is lost. state: a workspace with two heads."""
+    shutil.rmtree(bench.root)
+    shutil.copytree(state, bench.root, symlinks=True)
+    head, found = bench.root / bench.head(), []
+    if bench.run("inspect").code != 0:
+        return ["inspect fails before the loss"]
+    whole, rows = (head / file).read_bytes(), (bench.root / "probes" / "results.jsonl").read_bytes()
+    lose(head, {file: way})
+    compared = bench.run("compare")
+    if compared.code != 0 or "not usable" in compared.out + compared.err:
+        found.append(f"compare: {compared.code}: {compared.err[-800:]}")
+    reader = bench.run({"defects.parquet": "inspect", "operating.json": "predict"}[file])
+    refused = (
+        reader.refused and {"defects.parquet": "--rescore", "operating.json": "featprobe inspect"}[file] in reader.err
+    )
+    if not (reader.code == 0 if (file, way) == ("operating.json", "gone") else refused):
+        found.append(f"its reader: {reader.code}: {reader.err[-800:]}")
+    again = bench.run(BESIDE[file])
+    if again.code != 0 or (head / file).read_bytes() != whole:
+        found.append(f"{BESIDE[file]}: {again.code}, other bytes: {again.err[-800:]}")
+    trained = (bench.root / "probes" / "results.jsonl").read_bytes() != rows
+    return found + (["something was trained"] if trained else [])
+
+
 def main() -> None:
     """Run all states, print a table and one JSON object."""
     parser = argparse.ArgumentParser()
@@ -93,6 +124,11 @@ def main() -> None:
             found = faults_of(bench, state, lost, again)
             wrong += bool(found)
             rows.append({"state": name, "faults": "; ".join(found) or "none"})
+        for file in BESIDE:
+            for way in WAYS:
+                found = faults_beside(bench, state, file, way)
+                wrong += bool(found)
+                rows.append({"state": f"{file} {way}", "faults": "; ".join(found) or "none"})
     share = (len(rows) - wrong) / len(rows)
     report(f"head_loss {regime}", share, 1.0, rows, states=len(rows) - 1, wrong=wrong)
 

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 from click.testing import CliRunner
 from helpers import data_info, make_cache, random_maps, recipe_of, rows_of
+from hostile_tables import HOSTILE, written
 from layouts import Builder
 from PIL import Image
 from test_readers import MADE
@@ -250,6 +251,12 @@ def hostile_heads(space: Path, outside: Path) -> None:
         "arrays_fifo": ("scores.npz", os.mkfifo), "arrays_out": ("scores.npz", outside / "head" / "scores.npz"),
         "curves_fifo": ("curves.json", os.mkfifo), "curves_deep": ("curves.json", b"[" * 200_000),
         "head_fifo": ("head.safetensors", os.mkfifo), "head_out": ("head.safetensors", outside / "secret.txt"),
+        "records_fifo": ("defects.parquet", os.mkfifo), "records_out": ("defects.parquet", outside / "secret.txt"),
+        "records_words": ("defects.parquet", written(HOSTILE["a dictionary of 64 million empty words"]())),
+        "records_rows": ("defects.parquet", written(HOSTILE["rows that no byte stands for"]())),
+        "point_out": ("operating.json", outside / "secret.txt"),
+        "card_link": ("card.json", outside / "head" / "card.json"),
+        "point_deep": ("operating.json", b"[" * 200_000), "point_fifo": ("operating.json", os.mkfifo),
         "head_claims": ("head.safetensors", struct.pack("<Q", 1 << 40) + b"{}"),
     }  # fmt: skip
     for name, (file, what) in files.items():
@@ -325,6 +332,7 @@ def commands(space: Path) -> Iterator[tuple[str, ...]]:
     image = str(space / "sets" / "names" / "images" / "p0.png")
     for folder in sorted({path.parent for path in (space / "probes").rglob("card.json")}):
         yield "predict", str(folder), image, "--out", str(out / "predicted"), "--quiet"
+        yield "inspect", str(folder), "--out", str(out / "inspected"), "--quiet"
     for image in (space / "sets" / "fifo_image" / "images", space / "sets" / "fifo_image" / "images" / "p0.png"):
         yield "predict", str(space / "probes" / "picture_out"), str(image), "--out", str(out / "more"), "--quiet"
     for study in ("fifo.toml", "deep.toml"):
@@ -346,6 +354,7 @@ CONFIGS = {
     "a name that leads out": '[data."../../outside/evil"]\npath = "sets/names"\n',
     "a name of control characters": '[data."\\u001b[2J"]\npath = "sets/names"\n',
     "one that is nested deep": "data = " + "[" * 100_000,
+    "a name of a hundred thousand parts": "a." * 100_000 + "a = 1",
     "a huge one": "#" * (1 << 23),
     "a pipe": "",
 }

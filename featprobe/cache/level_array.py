@@ -1,7 +1,7 @@
 """Features of many rows of a level as one array: a view of the file where that can be, else a copy in memory."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,6 +48,7 @@ def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp], *, b
     if decode is None and len(rows) and np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
         found = stored[0][rows[0] : rows[0] + len(rows)]
         for part in parts:
+            _check_length(cache, tables)
             cache.check(part, level, stored[0][part[0] : part[0] + len(part)])
         return found
     dtype = np.dtype(np.float32 if wide else np.float16 if decode else tables[0].dtype)
@@ -55,6 +56,7 @@ def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp], *, b
     _check_room(cache, level, shape, dtype)
     copied = np.empty(shape, dtype)
     for i, part in enumerate(parts):
+        _check_length(cache, tables)
         kept = [own[part] for own in stored]
         cache.check(part, level, *kept)
         copied[i * step : i * step + len(part)] = decode(*kept) if decode else kept[0]
@@ -74,14 +76,20 @@ def _widened(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 def _mapped(cache: Source, table: Table) -> NDArray[Any]:
     """The rows of a table, mapped so that nothing that is written there reaches the file."""
+    _check_length(cache, [table])
     extent = cache.extents[table.name]
-    end = extent.offset + extent.row_bytes * extent.rows
-    length = os.fstat(cache.handle).st_size
-    if length < end:  # touching a map beyond the file's end would kill the process
-        raise CacheError(f"{cache.path} ends at byte {length}, before byte {end}. Was it cut short?")
     with open(cache.handle, "rb", closefd=False) as stream:
         shape = (extent.rows, *table.shape)
         return np.memmap(stream, table.dtype, "c", extent.offset, shape).view(np.ndarray)
+
+
+def _check_length(cache: Source, tables: Sequence[Table]) -> None:
+    """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
+    extents = [cache.extents[table.name] for table in tables]
+    end = max(extent.offset + extent.row_bytes * extent.rows for extent in extents)
+    length = os.fstat(cache.handle).st_size
+    if length < end:
+        raise CacheError(f"{cache.path} ends at byte {length}, before byte {end}. Was it cut short?")
 
 
 def _check_room(cache: Source, level: FeatureLevel, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

@@ -93,7 +93,7 @@ class RowReader:
         self._maps = {key: self._map(extent) for key, extent in extents.items()} if self.mode == "memmap" else {}
         make = self._direct if self.mode == "direct" else self._positioned
         self._read: dict[str, ReadRows] = {
-            key: _taking(self._maps[key]) if self._maps else make(extent) for key, extent in extents.items()
+            key: self._taking(self._maps[key]) if self._maps else make(extent) for key, extent in extents.items()
         }
         self.threads, self.verify = threads, verify
         self.decoding = decoding and cache.recipe.dtype == "int8"
@@ -131,7 +131,6 @@ class RowReader:
 
         Raises CacheError for a damaged row, and for a file that was cut short.
         """
-        self._check_length()
         if self._pool is None:
             for level in self.levels:
                 self._read_level(level, rows, [out[name] for name in self.buffers(level)])
@@ -178,6 +177,7 @@ class RowReader:
         for start in range(0, len(rows), few):
             part = rows[start : start + few]
             if few == 1 and self._maps and (not self.verify or self.cache.checked(part, level)):
+                self._check_length()
                 yield self._maps[codes.key][part[0]]
                 continue
             if getattr(self._own, "scratch", np.empty(0)).nbytes < few * codes.row_bytes:
@@ -189,7 +189,10 @@ class RowReader:
             yield copied
 
     def _check_length(self) -> None:
-        """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process."""
+        """Raise CacheError when the file was cut short: touching a map beyond its end would kill the process.
+
+        It is called before each touch, so that only a cut within one still does.
+        """
         length = os.fstat(self.handle).st_size
         if length < self._end:
             raise CacheError(f"{self.cache.path} ends at byte {length}, before byte {self._end}. Was it cut short?")
@@ -198,6 +201,13 @@ class RowReader:
         shape = (extent.rows, extent.row_bytes)
         with open(self.handle, "rb", closefd=False) as stream:
             return np.memmap(stream, dtype=np.uint8, mode="r", offset=extent.offset, shape=shape)
+
+    def _taking(self, mapped: NDArray[np.uint8]) -> ReadRows:
+        def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
+            self._check_length()
+            np.take(mapped, rows, axis=0, out=out, mode="clip")  # any other mode goes through a second buffer
+
+        return read
 
     def _positioned(self, extent: Extent) -> ReadRows:
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
@@ -245,13 +255,6 @@ class RowReader:
         if count == 0:
             raise CacheError(f"{self.cache.path} ended while it was read, at byte {offset}. Was it cut short?")
         return count
-
-
-def _taking(mapped: NDArray[np.uint8]) -> ReadRows:
-    def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
-        np.take(mapped, rows, axis=0, out=out, mode="clip")  # any other mode goes through a second buffer
-
-    return read
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from featprobe.errors import DiskError, FileKindError
 
 Content = bytes | str
 MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
+MOST_DOTS = 200  # in a name of a TOML file
 LONGEST_NAME = 200  # bytes: systems allow 255, and temporary names are longer
 _swept = set[tuple[int, Path]]()  # (process, folder) where leftovers of killed processes were removed
 
@@ -406,9 +407,12 @@ def read_json(path: Path, most: int) -> Any:
     return parse_json(read_regular(path, most))
 
 
-def read_toml(path: Path, most: int = 1 << 22) -> dict[str, Any]:
+def read_toml(path: Path, most: int = 1 << 20) -> dict[str, Any]:
     """The value of a TOML file of at most `most` bytes. Raises FileKindError, OSError, ValueError."""
+    data = read_regular(path, most)
+    if any(part.count(b".") > MOST_DOTS for part in re.split(rb"[=,\n]", data)):
+        raise ValueError(f"a name in it has more than {MOST_DOTS} parts")  # which take tomllib their square in time
     try:
-        return tomllib.loads(read_regular(path, most).decode("utf-8-sig"))
+        return tomllib.loads(data.decode("utf-8-sig"))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

@@ -12,7 +12,8 @@ Of a column every value is of one kind, and may be missing:
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.io.disk import parse_json, read_regular
+from featprobe.io.parquet_pages import Claims, claims_of
 
 Kind = Literal["text", "int", "float", "bool", "ints"]
 Column = Any
@@ -30,14 +32,16 @@ SEALED, SEAL = b"seal", b"featprobe-seal-"
 """Where in the metadata the seal lies, and how it begins; then comes the sha256 of the file with UNSEALED there."""
 UNSEALED = SEAL + b"0" * 64
 LARGEST_TEXT = 1 << 24  # bytes of a text in a file's own description
+MOST_RARE = 1 << 22  # letters of a column's texts that may be any of Unicode's
 MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
-BYTES_OF: Mapping[Kind, int] = {
-    "text": 8,
-    "int": 8,
-    "float": 8,
-    "bool": 4,
-    "ints": 16,
-}  # a value takes while it is read
+ROOM = 190 << 20
+BACKED = 6
+"""A table may take as many bytes in memory as its file has and ROOM more, or BACKED times those of its packed columns:
+numbers that were measured pack badly, and what packs better claims more than it holds."""
+BYTES_OF: Mapping[Kind, int] = {"text": 3, "int": 4, "float": 4, "bool": 2, "ints": 12}
+"""Bytes that a value takes while it is read and used."""
+WORD, PER_TEXT_BYTE = 80, 6
+"""Bytes that a word takes, and each of its bytes, while it is read and used."""
 
 
 def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, Any]) -> bytes:
@@ -57,18 +61,21 @@ def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, 
     return data.replace(UNSEALED, SEAL + hashlib.sha256(data).hexdigest().encode())
 
 
-def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, dict[str, Column]]:
+def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, Mapping[str, Column]]:
     """(what a Parquet file says of itself, its columns of these names), as `table_bytes` has them.
 
-    most: bytes that the file may have, and that its columns may take in memory. Columns of other names are not read.
-    Raises FileKindError, OSError, and ValueError, saying what is wrong with the file.
+    A column is decoded each time it is asked for, so that memory never holds all. most: bytes that the file may have,
+    and that its columns may take in memory. Columns of other names are not read. Raises FileKindError, OSError, and
+    ValueError, saying what is wrong with the file; the columns raise ValueError.
     """
     data = read_regular(path, most)
     _check_seal(data)
+    claims = claims_of(data, kinds)
+    _check_room(claims, kinds, min(most, max(len(data) + ROOM, BACKED * claims.packed)))
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _refusing():
         file = pq.ParquetFile(
             pa.BufferReader(data), read_dictionary=[name for name, kind in kinds.items() if kind == "text"],
             thrift_string_size_limit=LARGEST_TEXT,
@@ -79,13 +86,38 @@ def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, d
             raise ValueError("it does not say what it holds")
         said = parse_json(about)
         _check_types(file.schema_arrow, kinds)
-        _check_claims(file.metadata.num_rows, kinds, most)
-        table = file.read(columns=list(kinds), use_threads=False).unify_dictionaries()
-        table.validate(full=True)
-        columns = {name: _from_arrow(kind, table.column(name).combine_chunks()) for name, kind in kinds.items()}
+    return said, _Columns(file, kinds)
+
+
+class _Columns(Mapping[str, Column]):
+    """The columns of a file, each decoded when it is asked for."""
+
+    def __init__(self, file: Any, kinds: Mapping[str, Kind]) -> None:
+        self._file, self._kinds = file, kinds
+
+    def __getitem__(self, name: str) -> Column:
+        kind = self._kinds[name]
+        with _refusing():
+            table = self._file.read(columns=[name], use_threads=False).unify_dictionaries()
+            table.validate(full=True)
+            return _from_arrow(kind, table.column(0).combine_chunks())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What pyarrow raises for a bad file becomes a ValueError."""
+    import pyarrow as pa
+
+    try:
+        yield
     except (pa.ArrowException, OSError, OverflowError, MemoryError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
-    return said, columns
 
 
 def _to_arrow(kind: Kind, column: Column) -> Any:
@@ -125,13 +157,14 @@ def _from_arrow(kind: Kind, array: Any) -> Column:
 
     match kind:
         case "text":
-            codes = pc.fill_null(array.indices, -1).to_numpy(zero_copy_only=False).astype(np.int32)
-            return codes, tuple(array.dictionary.to_pylist())
+            _check_letters(array.dictionary)
+            codes = pc.fill_null(array.indices, -1).to_numpy(zero_copy_only=False)
+            return codes.astype(np.int32, copy=False), tuple(array.dictionary.to_pylist())
         case "int":
             _check_least(found := pc.fill_null(array, -1).to_numpy(zero_copy_only=False))
             return found
         case "float":
-            return pc.fill_null(array, float("nan")).to_numpy(zero_copy_only=False).astype(np.float32)
+            return pc.fill_null(array, float("nan")).to_numpy(zero_copy_only=False)
         case "bool":
             return pc.fill_null(array.cast("int8"), -1).to_numpy(zero_copy_only=False)
         case "ints":
@@ -139,6 +172,16 @@ def _from_arrow(kind: Kind, array: Any) -> Column:
                 raise ValueError("a list, or a number in one, is missing")
             values = array.flatten().to_numpy(zero_copy_only=False)
             return values, array.value_lengths().to_numpy(zero_copy_only=False)
+
+
+def _check_letters(words: Any) -> None:
+    """Raise ValueError for words that take far more memory than their bytes: one rare letter makes all take four."""
+    import pyarrow.compute as pc
+
+    held = words.buffers()[2]
+    rare = held is not None and bool((np.frombuffer(held, np.uint8) >= 0xF0).any())  # where UTF-8 needs four bytes
+    if rare and pc.sum(pc.utf8_length(words)).as_py() > MOST_RARE:
+        raise ValueError(f"it has texts of more than {MOST_RARE} letters, with rare ones among them")
 
 
 def _check_least(values: NDArray[np.int32]) -> None:
@@ -168,18 +211,21 @@ def _check_types(schema: Any, kinds: Mapping[str, Kind]) -> None:
 
 def _check_seal(data: bytes) -> None:
     """Raise ValueError for other bytes than were written: pyarrow ends the process on some damaged footers."""
-    found = re.findall(re.escape(SEAL) + b"([0-9a-f]{64})", data)
+    found = [*re.finditer(re.escape(SEAL) + b"([0-9a-f]{64})", data)]
     if len(found) != 1:
         raise ValueError("it is cut, or no table that featprobe wrote")
-    if hashlib.sha256(data.replace(SEAL + found[0], UNSEALED)).hexdigest().encode() != found[0]:
+    begin, end = found[0].span()
+    whole = memoryview(data)
+    running = hashlib.sha256(whole[:begin])
+    running.update(UNSEALED)
+    running.update(whole[end:])
+    if running.hexdigest().encode() != found[0][1]:
         raise ValueError("it is not as it was written")
 
 
-def _check_claims(rows: int, kinds: Mapping[str, Kind], most: int) -> None:
-    """Raise ValueError where so many rows take more memory than `most`.
-
-    The sizes that the footer states of each column are not asked for: pyarrow ends the process where they are bad.
-    """
-    claimed = rows * sum(BYTES_OF[kind] for kind in kinds.values())
-    if claimed > most:
-        raise ValueError(f"it claims {claimed} bytes in memory, and {most} are left for it")
+def _check_room(claims: Claims, kinds: Mapping[str, Kind], room: int) -> None:
+    """Raise ValueError where a table takes more memory than there is room for."""
+    wanted = claims.rows * sum(BYTES_OF[kind] for kind in kinds.values()) + claims.listed * BYTES_OF["ints"]
+    wanted += claims.words * WORD + claims.text_bytes * PER_TEXT_BYTE + 2 * claims.page
+    if wanted > room:
+        raise ValueError(f"it claims {wanted} bytes in memory, and {room} are left for it")

@@ -135,7 +135,7 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
     whole: whether it must be the card of a head that featprobe trained, see `cards.card_faults`.
     """
     try:
-        card = read_json(folder / "card.json", LARGEST_CARD)
+        card = read_json(below(folder, "card.json", "The folder of a head"), LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
                 f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."

@@ -22,10 +22,10 @@ from typing import Any
 import click
 import pytest
 import torch
-from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault
+from _commands import COMMANDS, CONTEXT, HEAD, Bench, Fault, unsynced
 from click.testing import CliRunner
 from disk_errors import counted, faults_of
-from head_loss import lose, states
+from head_loss import faults_beside, lose, states
 from helpers import PoolingBackbone, training_of, write_set
 from helpers import extract as extract_into
 from torch import nn
@@ -416,6 +416,27 @@ def test_every_command_has_its_writes_refused() -> None:
     """demo runs the others, and takes minutes."""
     missing = [name for name in _of(cli) if not any(f"{own} ".startswith(f"{name} ") for own in COMMANDS)]
     assert missing == ["demo"]
+
+
+@pytest.mark.parametrize(("file", "way"), [("defects.parquet", "empty"), ("operating.json", "zeros")])
+def test_what_lies_beside_a_head_is_refused_when_lost_and_made_again_without_training(
+    bench: Bench, file: str, way: str
+) -> None:
+    """benchmarks/head_loss.py takes every way."""
+    bench.before("compare")
+    assert not faults_beside(bench, bench.states / "extract-probe", file, way)
+
+
+@pytest.mark.parametrize("name", ["extract", "probe", "study", "compare", "inspect", "inspect --rescore", "predict"])
+def test_what_a_command_wrote_is_on_the_disk_before_a_row_names_it_and_when_it_ends(bench: Bench, name: str) -> None:
+    bench.before(name)
+    ran = bench.run(name)
+    assert ran.code == 0 and ran.writes
+    assert not unsynced(ran.writes)
+    for what in ("fsync", "fdatasync"):  # each is needed: without it the look finds something
+        assert not any(own.startswith(what) for own in ran.writes) or unsynced(
+            [own for own in ran.writes if not own.startswith(what)]
+        )
 
 
 def test_the_page_of_a_study_that_was_killed_before_it_is_written_by_the_next_run(bench: Bench) -> None:

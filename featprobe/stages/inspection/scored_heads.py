@@ -30,7 +30,7 @@ class ScoredHead:
 def head_in(folder: Path) -> ScoredHead:
     """The head in a folder, by its card; raises ProbeError where there is none, or it was changed."""
     try:
-        card = read_json(folder / "card.json", LARGEST_CARD)
+        card = read_json(below(folder, "card.json", "The folder of a head"), LARGEST_CARD)
         known = (card["format"], card["version"] <= HEAD_VERSION) == (HEAD_FORMAT, True)
         sealed = card.pop("card_sha256") == digest(card)
         head_sha256, result, root = (

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from featprobe.errors import FieldError, FileKindError, ProbeError, UsageError
-from featprobe.io.disk import read_json, write_whole
+from featprobe.io.disk import below, read_json, write_whole
 from featprobe.io.fields import Fault, limits, made, plain
 from featprobe.metrics.defects.froc import Per
 from featprobe.metrics.defects.operating import Counts, Kind, OperatingPoint, Wanted
@@ -96,7 +96,7 @@ def read_point(folder: Path, head_sha256: str) -> OperatingPoint | None:
     """
     path = folder / OPERATING
     try:
-        kept = made(_File, read_json(path, LARGEST), "It")
+        kept = made(_File, read_json(below(folder, OPERATING, "The folder of a head"), LARGEST), "It")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, FileKindError, FieldError) as error:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.errors import FieldError, FileKindError, ProbeError
-from featprobe.io.disk import write_whole
+from featprobe.io.disk import below, write_whole
 from featprobe.io.fields import limits, made, plain
 from featprobe.io.parquet import Column, Kind, read_table, table_bytes
 from featprobe.machine import available_memory
@@ -130,7 +130,8 @@ def read_records(folder: Path, head_sha256: str) -> Records:
     """
     path = folder / RECORDS
     try:
-        said, columns = read_table(path, COLUMNS, available_memory() // 4)
+        found = below(folder, RECORDS, "The folder of a head")
+        said, columns = read_table(found, COLUMNS, available_memory() // 4)
         records = _records_of(made(_Said, said, "The table"), columns)
     except FileNotFoundError as error:
         raise ProbeError(
@@ -169,11 +170,14 @@ def _joined(*parts: Any) -> NDArray[np.float32]:
 
 def _numbers(image: Indices) -> Indices:
     """The number of each object within its image, from 0 in their order."""
-    order = np.argsort(image, kind="stable")
-    ordered = image[order]
-    begins = np.flatnonzero(np.diff(ordered, prepend=-1))
-    numbers = np.empty_like(order)
-    numbers[order] = np.arange(len(order)) - np.repeat(begins, np.diff(begins, append=len(order)))
+    if len(image) and (image[1:] < image[:-1]).any():
+        order = np.argsort(image, kind="stable")
+        numbers = np.empty_like(order)
+        numbers[order] = _numbers(image[order])
+        return numbers
+    begins = np.flatnonzero(np.diff(image, prepend=-1))
+    numbers = np.arange(len(image))
+    numbers -= np.repeat(begins, np.diff(begins, append=len(image)))
     return numbers
 
 
@@ -194,7 +198,7 @@ def _narrow(kind: Kind, column: Column) -> Column:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _records_of(said: _Said, columns: dict[str, Column]) -> Records:
+def _records_of(said: _Said, columns: Mapping[str, Column]) -> Records:
     """The records in the columns of a file. Raises ValueError, saying what is wrong, where they are none."""
     about = About(
         said.task, said.head, said.head_sha256, said.classes, said.rule,
@@ -205,8 +209,9 @@ def _records_of(said: _Said, columns: dict[str, Column]) -> Records:
         raise ValueError("its rows are not images, then defects, then calls")
     counts = np.bincount(kind, minlength=3)
     rows = [slice(*ends) for ends in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True)]
-    images = _images(columns, rows[0])
-    of_image = _image_of(columns, images, counts)
+    named = columns["image"]
+    images = _images(columns, named, rows[0])
+    of_image = _image_of(columns, named[0], len(images))
     parts = [_objects(columns, rows[i], of_image[rows[i]], said.classes) for i in (1, 2)]
     contrast, cut = columns["contrast"][rows[1]], columns["cut"][rows[1]]
     _check((cut >= 0).all(), "cut", "a defect lacks it")
@@ -224,12 +229,13 @@ def _check(holds: Any, name: str, fault: str) -> None:
         raise ValueError(f"{name}: {fault}")
 
 
-def _codes(column: Column, known: tuple[str, ...], name: str) -> NDArray[np.intp]:
+def _codes(column: Column, known: tuple[str, ...], name: str) -> NDArray[np.int16]:
     """A column of texts as places among the known ones; -1 for none."""
     codes, words = column
-    strange = [word for word in words if word not in known]
-    _check(not strange, name, f"{str(strange[:1])[1:61]} is none of {', '.join(known)}")
-    places = np.array([*(known.index(word) for word in words), -1], np.intp)
+    place = {word: i for i, word in enumerate(known)}
+    strange = next((word for word in words if word not in place), None)
+    _check(strange is None, name, f"{str(strange)[:60]!r} is none of {', '.join(known)}")
+    places = np.array([*(place[word] for word in words), -1], np.int16)
     return places[codes]
 
 
@@ -240,7 +246,7 @@ def _words(column: Column, rows: slice, name: str) -> tuple[str, ...]:
     return tuple(words[code] for code in codes.tolist())
 
 
-def _images(columns: dict[str, Column], rows: slice) -> Images:
+def _images(columns: Mapping[str, Column], named: Column, rows: slice) -> Images:
     truth = _codes(columns["truth"], tuple(TRUTHS[i] for i in range(len(TRUTHS))), "truth")[rows]
     _check((truth >= 0).all(), "truth", "an image lacks it")
     _codes(columns["split"], SPLITS, "split")
@@ -250,27 +256,31 @@ def _images(columns: dict[str, Column], rows: slice) -> Images:
     _check(not (spacing <= 0).any() and not np.isinf(spacing).any(), ", ".join(SPACING), "one is no length")
     score = columns["score"][rows]
     _check(not np.isinf(score).any(), "score", "that of an image is not finite")
-    names = {name: _words(columns[name], rows, name) for name in ("image", "group", "split", "file", "image_hash")}
-    _check(len(set(names["image"])) == len(truth), "image", "two images have the same name")
+    ids = _words(named, rows, "image")
+    _check(len(set(ids)) == len(truth), "image", "two images have the same name")
+    names = {name: _words(columns[name], rows, name) for name in ("group", "split", "file", "image_hash")}
     return Images(
-        names["image"], names["group"], names["split"], names["file"], names["image_hash"], truth.astype(np.uint8),
+        ids, names["group"], names["split"], names["file"], names["image_hash"], truth.astype(np.uint8),
         score, spacing, sizes,
     )  # fmt: skip
 
 
-def _image_of(columns: dict[str, Column], images: Images, counts: NDArray[np.intp]) -> Indices:
-    """The image of each row, which must be one of the images, in the same group and split."""
-    codes, words = columns["image"]
-    place = {name: i for i, name in enumerate(images.ids)}
-    of_image = np.array([*(place.get(word, -1) for word in words), -1], np.intp)[codes]
+def _image_of(columns: Mapping[str, Column], codes: NDArray[np.int32], count: int) -> Indices:
+    """The image of each row, which must be one of the images, in the same group and split.
+
+    codes: of the names of images, in all rows. count: how many images there are; each has another code.
+    """
+    place = np.full(codes.max(initial=-1) + 2, -1, np.intp)
+    place[codes[:count]] = np.arange(count)
+    of_image = place[codes]
     _check((of_image >= 0).all(), "image", "a defect or a call is of an image that is not in the table")
     for name in ("group", "split"):
         own = columns[name][0]
-        _check((own == own[: counts[0]][of_image]).all(), name, "that of a defect or a call is not that of its image")
+        _check((own == own[:count][of_image]).all(), name, "that of a defect or a call is not that of its image")
     return of_image
 
 
-def _objects(columns: dict[str, Column], rows: slice, image: Indices, classes: tuple[str, ...]) -> dict[str, Any]:
+def _objects(columns: Mapping[str, Column], rows: slice, image: Indices, classes: tuple[str, ...]) -> dict[str, Any]:
     """The fields that defects and calls share."""
     category = _codes(columns["class"], classes, "class")[rows]
     found = {name: np.stack([columns[column][rows] for column in own], axis=1) for name, own in FIELDS.items()}
