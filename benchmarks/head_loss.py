@@ -25,7 +25,7 @@ from _commands import Bench
 
 FILES = {"frozen": ("head.safetensors", "card.json", "curves.json", "scores.npz")}
 FILES["full"] = (*FILES["frozen"], "backbone.safetensors")
-BESIDE = {"defects.parquet": "rescore", "operating.json": "inspect"}
+BESIDE = {"defects.parquet": "inspect --rescore", "operating.json": "inspect"}
 """What lies beside a head without an entry in its card, and the command that makes it again."""
 WAYS = ("gone", "empty", "half", "zeros")
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, reduce
-from threading import Barrier
 from typing import Any, TypeVar
 
 import torch
@@ -230,24 +229,21 @@ def _alone(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
         return [work(item) for item in items]
 
     def quiet(item: int) -> T:
+        torch.set_num_threads(
+            1
+        )  # for MKL too, which has one number for all threads, and other bits with another number
         with torch.no_grad():
             return work(item)
 
-    return list(_pool(threads, os.getpid()).map(quiet, items))
+    try:
+        return list(_pool(threads, os.getpid()).map(quiet, items))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:  # a process that was forked has no threads
-    pool, begun = ThreadPoolExecutor(threads, "loss"), Barrier(threads)
-
-    def begin(_: int) -> None:
-        begun.wait()  # so that each thread comes here once
-        torch.set_num_threads(1)
-        begun.wait()
-
-    list(pool.map(begin, range(threads)))
-    torch.set_num_threads(threads)  # theirs is a setting of their own, but what begins later would take it over
-    return pool
+    return ThreadPoolExecutor(threads, "loss")
 
 
 @cache
