@@ -229,9 +229,8 @@ def _alone(work: Callable[[int], T], items: Sequence[int]) -> list[T]:
         return [work(item) for item in items]
 
     def quiet(item: int) -> T:
-        torch.set_num_threads(
-            1
-        )  # for MKL too, which has one number for all threads, and other bits with another number
+        # MKL has one number of threads for the whole process, and with another number it gives other bits
+        torch.set_num_threads(1)
         with torch.no_grad():
             return work(item)
 
