@@ -86,9 +86,10 @@ def test_few_outputs_of_several_maps_are_their_convolutions(cells: tuple[int, in
     )
 
 
+@pytest.mark.parametrize("images", [0, 1, 3])
 @pytest.mark.parametrize("groups", [1, 3, 12])
-def test_a_rectified_norm_is_torchs(groups: int) -> None:
-    x, weight, bias = random(3, 12, 5, 7), random(12), random(12)
+def test_a_rectified_norm_is_torchs(images: int, groups: int) -> None:
+    x, weight, bias = random(images, 12, 5, 7), random(12), random(12)
     same(
         lambda x, *own: group_norm(
             x.contiguous(memory_format=torch.channels_last), None, groups, *own, 1e-5, rectify=True

@@ -105,7 +105,7 @@ class _FewOutputs(torch.autograd.Function):
         ctx.save_for_backward(x, *weights)
         (height, width), outputs = x.shape[2:], [len(weight) for weight in weights]
         wide = x.new_zeros(sum(outputs), height + 2, width + 2)
-        found = x.new_empty(len(x), sum(outputs), height, width)
+        found = x.new_empty(len(x), sum(outputs), height * width)  # no view, which could not be changed in place
         by_tap = [weight.permute(2, 3, 0, 1).flatten(0, 2) for weight in weights]  # (9 * outputs, channels)
         channels = [weight.shape[1] for weight in weights]
         for image, own in zip(x.permute(0, 2, 3, 1).flatten(1, 2), found, strict=True):
@@ -115,8 +115,8 @@ class _FewOutputs(torch.autograd.Function):
                 for row, column in itertools.product(range(3), range(3)):
                     at = out[:, 2 - row : 2 - row + height, 2 - column : 2 - column + width]
                     at.add_(near[row, column])
-            own.copy_(wide[:, 1:-1, 1:-1])
-        return found.flatten(2)
+            own.view(-1, height, width).copy_(wide[:, 1:-1, 1:-1])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,13 +160,14 @@ class _UpsampledConvolution(torch.autograd.Function):
             return conv_transpose2d(cells.permute(0, 3, 1, 2), kernel, stride=times, padding=1)
         (height, width, channels), outputs = cells.shape[1:], len(weight)
         by_tap = weight.permute(1, 2, 3, 0).reshape(channels, -1)  # (channels, 9 * outputs)
-        found = x.new_empty(len(x), height * times, width * times, outputs)
+        shape = (len(x), outputs, height * times, width * times)
+        found = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         wide = x.new_empty(height, width, times, 3, outputs)
-        for image, own in zip(cells, found, strict=True):
+        for image, own in zip(cells, found.permute(0, 2, 3, 1), strict=True):
             taps = (image.flatten(0, 1) @ by_tap).view(height, width, 3, 3, outputs)
             _spread(taps.movedim(3, 0), wide.movedim(2, 0), 1)
             _spread(wide.flatten(1, 2).movedim(2, 0), own.view(height, times, -1, outputs).movedim(1, 0), 0)
-        return found.permute(0, 3, 1, 2)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:

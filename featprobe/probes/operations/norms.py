@@ -113,8 +113,8 @@ class _RectifiedNorm(torch.autograd.Function):
         x, weight, mean, rstd, found = ctx.saved_tensors
         of_x = torch.empty_like(x, memory_format=torch.channels_last)
         rows = [m.permute(0, 2, 3, 1).flatten(1, 2) for m in (upstream[0], found, x, of_x)]  # (batch, cells, channels)
-        own, share = weight.view(mean.shape[1], -1), mean.shape[1] / x[0].numel()
-        sums, gradient = x.new_empty(2, *x.shape[:2]), torch.empty_like(rows[3][0])
+        own, share = weight.view(mean.shape[1], -1), mean.shape[1] / x.shape[1:].numel()
+        sums, gradient = x.new_empty(2, *x.shape[:2]), x.new_empty(rows[3].shape[1:])
         for i, (above, out, cells, of_cells) in enumerate(zip(*rows, strict=True)):
             torch.ops.aten.threshold_backward.grad_input(above, out, 0, grad_input=gradient)
             torch.sum(gradient, 0, out=sums[0, i])
