@@ -123,7 +123,7 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
     header = [known.get(name.casefold(), name) for name in (rows[0] if rows else [])]
     alike = looks_like(header, tuple(known.values()))
     faults = [f"{name!r}, which looks like {column!r}" for name, column in alike.items()]
-    faults += [f"{name!r} twice" for name in dict.fromkeys(header) if name and header.count(name) > 1]
+    faults += [f"{name!r} twice" for name, count in Counter(header).items() if name and count > 1]
     if faults or not set(columns) <= set(header):
         also = f"; optional: {', '.join(optional)}" if optional else ""
         raise DataError(
@@ -176,7 +176,8 @@ class Table:
         if not asked_as:
             found = {name: alike(name, self.forms) for name in names}
             asked_as = {row: name for name, row in found.items() if row and (row in self.lent or row not in self.met)}
-            self.lent = asked_as | self.lent
+            for row, name in asked_as.items():
+                self.lent.setdefault(row, name)
         here = list(asked_as)
         self.met.update(here)
         twice = [row for row, name in asked_as.items() if self.lent.get(row, name) != name]

@@ -24,6 +24,12 @@ from featprobe.errors import DiskError, FileKindError
 Content = bytes | str
 MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
 MOST_DOTS = 200  # in a name of a TOML file
+_TOML_TEXT = re.compile(
+    rb'"""(?:[^"\\]|\\.|"{1,2}(?!"))*+(?:"{3,5}|\Z)|"(?:[^"\\\n]|\\.)*+"?'
+    rb"|'''(?:[^']|'{1,2}(?!'))*+(?:'{3,5}|\Z)|'[^'\n]*+'?|#[^\n]*+",
+    re.DOTALL,
+)
+"""Texts and comments of a TOML file, and to their line's or the file's end those that do not end."""
 LONGEST_NAME = 200  # bytes: systems allow 255, and temporary names are longer
 _swept = set[tuple[int, Path]]()  # (process, folder) where leftovers of killed processes were removed
 
@@ -410,7 +416,8 @@ def read_json(path: Path, most: int) -> Any:
 def read_toml(path: Path, most: int = 1 << 20) -> dict[str, Any]:
     """The value of a TOML file of at most `most` bytes. Raises FileKindError, OSError, ValueError."""
     data = read_regular(path, most)
-    if any(part.count(b".") > MOST_DOTS for part in re.split(rb"[=,\n]", data)):
+    bare = _TOML_TEXT.sub(b"", data)
+    if any(part.count(b".") > MOST_DOTS for part in re.split(rb"[=,\n]", bare)):
         raise ValueError(f"a name in it has more than {MOST_DOTS} parts")  # which take tomllib their square in time
     try:
         return tomllib.loads(data.decode("utf-8-sig"))

@@ -13,7 +13,7 @@ MAGIC = b"PAR1"
 MOST_FOOTER = 1 << 20  # bytes
 MOST_VALUES = 100_000  # of a footer
 DEEPEST = 12  # structs and lists within each other
-LARGEST_PAGE = 1 << 26  # bytes, unpacked
+LARGEST_PAGE = 1 << 28  # bytes, unpacked
 ROWS_PER_GROUP, VALUES_PER_PAGE, FIRST_PAGES = 1 << 16, 1 << 10, 16
 """A file has at most one group for so many rows, and a column of a group a page for so many values, and a few more."""
 BOOLEAN, INT32, FLOAT, BYTE_ARRAY = 0, 1, 4, 6

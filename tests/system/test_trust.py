@@ -148,6 +148,29 @@ def test_deep_and_huge_texts_are_refused(tmp_path: Path) -> None:
         read_toml(tmp_path / "b.toml", 10)
 
 
+@pytest.mark.parametrize("part", ["a.", '"=".', "','. ", '"#".', '"\\"".', "'\"'.", ' "" .'])
+@pytest.mark.parametrize("before", ["", "[", "x = {", "x = ['''a'''', ", 'x = ["""a"""", {', 'x = """"\\""""\n'])
+def test_names_of_many_parts_are_refused_however_they_are_quoted(tmp_path: Path, before: str, part: str) -> None:
+    (tmp_path / "a.toml").write_text(before + part * 300 + "a = 1\n")
+    with pytest.raises(ValueError, match="more than 200 parts"):
+        read_toml(tmp_path / "a.toml")
+
+
+def test_dots_in_texts_and_comments_are_no_parts_of_a_name(tmp_path: Path) -> None:
+    dots = "." * 300
+    lines = [
+        f"# {dots}",
+        f"a = '{dots}' # '{dots}",
+        f'b = "\\"{dots}"',
+        f'c = """"{dots}',
+        '"""""',
+        f"d = ''''{dots}''''",
+    ]
+    text = "\n".join(lines)
+    (tmp_path / "a.toml").write_text(text)
+    assert set(read_toml(tmp_path / "a.toml")) == set("abcd")
+
+
 def test_bad_lines_of_rows_lose_only_themselves(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     append_row(path, {"what": "first"})
