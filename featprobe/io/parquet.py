@@ -36,8 +36,8 @@ MOST_RARE = 1 << 22  # letters of a column's texts that may be any of Unicode's
 MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
 ROOM = 190 << 20
 BACKED = 30
-"""A table may take as many bytes in memory as its file has and ROOM more, or BACKED times those of its packed columns. A
-million numbers that were measured need 7 times theirs, and the names and hashes of a million images 25 times."""
+"""A table may take as many bytes in memory as its file has and ROOM more, or BACKED times those of its packed columns.
+For a million numbers that were measured 7 times are needed, for the names and hashes of a million images 26 times."""
 BYTES_OF: Mapping[Kind, int] = {"text": 3, "int": 4, "float": 4, "bool": 2, "ints": 12}
 """Bytes that a value takes while it is read and used."""
 WORD, PER_TEXT_BYTE = 80, 6
