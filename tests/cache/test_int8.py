@@ -240,15 +240,16 @@ def test_large_rows_are_decoded_from_the_file_s_own_memory_once_they_are_checked
             monkeypatch.setitem(
                 loader.reader._read,
                 level.name,
-                lambda rows, out, read=read: copied.update(rows.tolist()) or read(rows, out),
+                lambda rows, out, read=read, name=level.name: (
+                    copied.update((name, row) for row in rows.tolist()) or read(rows, out)
+                ),
             )
         for rows, features in loader.batches(orders):
             for name, m in features.maps.items():
                 np.testing.assert_array_equal(m.numpy(), wanted[name][rows])
-    assert set(copied) == ({4, 9, 30} if verify else set()) and set(copied.values()) <= {
-        len(cache.levels),
-        2 * len(cache.levels),
-    }
+    assert {row for _, row in copied} == ({4, 9, 30} if verify else set())
+    assert len(copied) == len(cache.levels) * (3 if verify else 0)
+    assert all(times <= 2 for times in copied.values()), "the batch that is read ahead may find a row unchecked still"
 
 
 @pytest.mark.parametrize("scratch", [1, 1 << 18])

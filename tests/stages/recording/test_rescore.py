@@ -69,7 +69,7 @@ def ridge(space: Workspace) -> ResultRow:
     [
         ("semseg", {"seeds": 2}),
         ("semseg", {"head": "ridge", "split": "group:3", **SOLVED}),
-        ("semseg", {"tuning": Tuning(), "recipe": replace(SHORT, lr=0.05, iterations=6)}),
+        ("semseg", {"tuning": Tuning(), "recipe": replace(SHORT, lr=0.01, iterations=12)}),
         ("detect", {}),
         ("anomaly", {"head": "patchcore", **SOLVED}),
         ("anomaly", {"head": "knn", **SOLVED}),
