@@ -252,7 +252,7 @@ def hostile_heads(space: Path, outside: Path) -> None:
         "curves_fifo": ("curves.json", os.mkfifo), "curves_deep": ("curves.json", b"[" * 200_000),
         "head_fifo": ("head.safetensors", os.mkfifo), "head_out": ("head.safetensors", outside / "secret.txt"),
         "records_fifo": ("defects.parquet", os.mkfifo), "records_out": ("defects.parquet", outside / "secret.txt"),
-        "records_words": ("defects.parquet", written(HOSTILE["a dictionary of 64 million empty words"]())),
+        "records_page": ("defects.parquet", written(HOSTILE["a page that claims two gigabytes"]())),
         "records_rows": ("defects.parquet", written(HOSTILE["rows that no byte stands for"]())),
         "point_out": ("operating.json", outside / "secret.txt"),
         "card_link": ("card.json", outside / "head" / "card.json"),

@@ -132,7 +132,7 @@ def test_nothing_of_a_file_reaches_a_terminal_a_page_or_a_spreadsheet(ran: Ran) 
         (("inspect", "card_link"), "not below its folder"),
         (("inspect", "records_out"), "not below its folder"),
         (("inspect", "records_fifo"), "not a regular file"),
-        (("inspect", "records_words"), "a page claims 268435456 bytes"),
+        (("inspect", "records_page"), "a page claims 2147483647 bytes"),
         (("inspect", "records_rows"), "bytes in memory"),
         (("predict", "point_out"), "not below its folder"),
         (("predict", "point_deep"), "nested too deeply"),
