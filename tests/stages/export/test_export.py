@@ -16,19 +16,22 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
 from featprobe.cli.main import cli
 from featprobe.datasets.generated import generate
+from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import FeatprobeError, ProbeError
 from featprobe.intensity import Intensity
 from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted
+from featprobe.probes import logits_at_original
 from featprobe.probes.paste import paste_mask
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
 from featprobe.stages.export.export import export, output_of
-from featprobe.stages.export.graph import Graph
+from featprobe.stages.export.graph import NEAR, Graph, pieces_of_size, reference
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predictor import Predictor
@@ -194,12 +197,30 @@ def alone(place: Path, model: Path) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", start, *map(str, (place / "site", RUNNER, model, place / "out"))]
 
 
+@torch.inference_mode()
+def ties(folder: Path, images: list[Path]) -> NDArray[np.bool_]:
+    """Pixels where one feature that is rounded to the neighbouring fp16 may give another class: (n, height, width).
+
+    There two classes, or the best of them and the base of the operating point, are equally probable within NEAR.
+    """
+    predictor = Predictor(folder, device="cpu")
+    levels = [read_levels(path) for path in images]
+    placement = pieces_of_size(predictor, levels)[0][0].placement
+    logits = logits_at_original(predictor.head(reference(predictor, levels)), predictor.head.stride, placement)
+    shares = logits.softmax(1)
+    first, second = shares.topk(2, 1).values.unbind(1)
+    base = predictor.output.threshold.base if predictor.point else np.nan
+    return ((first - second < NEAR) | ((shares[:, 1:].amax(1) - base).abs() < NEAR)).numpy()
+
+
 def check_masks(folder: Path, images: list[Path], lines: list[dict[str, Any]], place: Path) -> int:
     """Compare the masks and verdicts of the small program with those of `predict`; returns how many are called."""
     predict(folder, images, place / "predicted", device="cpu", quiet=True)
-    for path, line in zip(images, lines, strict=True):
+    undecided = ties(folder, images)
+    assert undecided.mean() < 0.02
+    for path, line, either in zip(images, lines, undecided, strict=True):
         own, wanted = (np.asarray(Image.open(place / at / f"{path.stem}.png")) for at in ("out", "predicted/masks"))
-        assert np.array_equal(own, wanted)
+        assert not ((own != wanted) & ~either).any()
         assert line["verdict"] == ("called" if wanted.any() else "passed")
     return sum(line["verdict"] == "called" for line in lines)
 
