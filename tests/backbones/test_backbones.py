@@ -4,8 +4,6 @@ import importlib.util
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import timm
 import torch
 from backbones import compare
+from forked import run
 from helpers import opened, options, write_set
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -295,7 +294,7 @@ def test_seeded_random_weights_are_the_same_in_every_process() -> None:
         "for seed in (0, 1):\n"
         f"    print(load_backbone(BackboneSpec('a', {SMALL!r}, 'random', seed=seed)).sha256)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = run(["-c", code])
     torch.manual_seed(7)
     here = [load_backbone(random_spec(SMALL, seed)).sha256 for seed in (0, 1)]
     assert result.stdout.split() == here

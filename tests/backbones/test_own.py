@@ -3,7 +3,6 @@
 import copy
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -11,6 +10,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from click.testing import CliRunner
@@ -417,11 +417,7 @@ def install(site: Path, module: str, code: str, entries: dict[str, tuple[str, ..
 def run(site: Path | None, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, where the packages of a folder are installed."""
     path = os.pathsep.join([*([str(site)] if site else []), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "featprobe", *words]
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=environment, cwd=folder
-    )
+    return forked.run(["-m", "featprobe", *words], env={**os.environ, "PYTHONPATH": path}, cwd=folder)
 
 
 def test_a_backbone_of_another_package_works_by_its_name_in_every_process(

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import run
 from PIL import Image
 
 from featprobe.stages.workspace import Workspace
@@ -21,7 +20,7 @@ QUICK = GPU.with_name("quick.py")
 
 def test_the_benchmark_of_the_gpu_path_measures_every_line_small_on_a_cpu(tmp_path: Path) -> None:
     words = ["--small", "--device", "cpu", "--backbone", "embedded", "--folder", str(tmp_path)]
-    done = subprocess.run([sys.executable, str(GPU), *words], capture_output=True, text=True, timeout=500)
+    done = run([GPU, *words], timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["name"] == "gpu" and result["small"] is True
@@ -51,15 +50,13 @@ def test_lines_of_the_gpu_path_that_fail_or_have_no_time_count_as_0_and_the_rest
 
 
 def test_the_benchmark_of_the_gpu_path_says_that_it_needs_a_card() -> None:
-    done = subprocess.run(
-        [sys.executable, str(GPU)], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
+    done = run([GPU], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 1 and "--small --device cpu" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_benchmark_of_quick_answers_measures_every_line() -> None:
     """Its figures are those of a busy machine here: that they are measured is tested, not how large they are."""
-    done = subprocess.run([sys.executable, str(QUICK), "--rounds", "1"], capture_output=True, text=True, timeout=500)
+    done = run([QUICK, "--rounds", "1"], timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["name"] == "quick" and result["slowest"] in result["figures"]

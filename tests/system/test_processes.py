@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forked import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -69,9 +70,9 @@ def prepared(space: Workspace, cache: Cache, task: str, options: ProbeOptions) -
     return prepare(Training(space, Partition(cache, options.choice), task, options, (0,)))
 
 
-def launch(program: list[str], *, count: int = 2) -> subprocess.CompletedProcess[str]:
-    """Run a program in several processes on the CPU, as torchrun does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *program]
+def torchrun(program: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes on the CPU, by torchrun itself, which ends all when one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -277,7 +278,7 @@ def test_a_process_that_fails_ends_the_job_and_one_process_goes_on_from_its_stat
     one, two = beside(space, tmp_path / "one"), beside(space, tmp_path / "two")
     program = STOPPED.replace("finetune(Workspace", f"{EVERY_STEP}\nfinetune(Workspace")
     (tmp_path / "program.py").write_text(program)
-    ended = launch([str(tmp_path / "program.py"), str(two.root)])
+    ended = torchrun([str(tmp_path / "program.py"), str(two.root)])
     assert ended.returncode != 0 and "the image of one process alone" in ended.stderr
     (kept,) = two.probes.rglob("checkpoint0.pt")
     step = torch.load(kept, weights_only=True)["state"]["step"]

@@ -7,6 +7,7 @@ from subprocess import run
 from typing import Any
 
 import pytest
+from forked import launch
 from helpers import write_set
 
 from featprobe.cache import WHOLE, CacheWriter, open_cache
@@ -143,12 +144,10 @@ def test_a_probe_of_a_cache_imports_nothing_that_it_does_not_use(space: Workspac
 
 
 def test_processes_that_were_launched_together_make_a_part_each(space: Workspace) -> None:
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "featprobe",
-        "--workspace", str(space.root), "probe", "--extract", "--iterations", "2", "--batch-size", "2", "--seeds", "1",
-        "--device", "cpu", "--quiet", "--json",
-    ]  # fmt: skip
-    done = run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = launch([
+        "-m", "featprobe", "--workspace", space.root, "probe", "--extract", "--iterations", "2", "--batch-size", "2",
+        "--seeds", "1", "--device", "cpu", "--quiet", "--json",
+    ])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)) == 1 and done.stderr.count("extracting: ") == 1
     (path,) = space.cache_files()

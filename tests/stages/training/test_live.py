@@ -27,6 +27,7 @@ from featprobe.stages.workspace import Workspace, make_generated
 
 ROUNDING = 2e-6  # of values in [0, 1]
 SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+TINY = BackboneSpec("tiny", "test_efficientnet_gn", "random")
 
 
 class Looking(nn.Module):
@@ -152,7 +153,7 @@ def test_precisions_that_can_not_be_are_refused() -> None:
 
 
 def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = load_backbone(SPEC)
+    backbone = load_backbone(TINY)
     backbone.unfreeze()
     backbone.fit((32, 32))
     backbone.compiled = True
@@ -164,7 +165,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
     backbone.train()
-    with pytest.raises(BackboneError, match="torch can't compile tf_efficientnet_lite0 here") as caught:
+    with pytest.raises(BackboneError, match="torch can't compile test_efficientnet_gn here") as caught:
         backbone(images)
     assert "Omit --compile" in str(caught.value) and len(str(caught.value).splitlines()) == 4
 
@@ -195,7 +196,7 @@ def test_a_failure_after_the_first_compiled_step_is_not_the_compilers(monkeypatc
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_backbone_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda call: torch._dynamo.optimize("aot_eager")(call))  # no minute of C++
-    backbone = load_backbone(SPEC)
+    backbone = load_backbone(TINY)
     backbone.unfreeze()
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     backbone.train()
