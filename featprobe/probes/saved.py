@@ -138,7 +138,8 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
         card = read_json(below(folder, "card.json", "The folder of a head"), LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
-                f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
+                f"{folder} holds {shown(card['format'])} {shown(card['version'])}. "
+                f"wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
