@@ -197,7 +197,7 @@ def find_image(look: Lookup, annotations: Path, split: str, file_name: str) -> P
     root, bases = look.root, _image_folders(look.root, annotations, split)
     exact = look.exact(file_name, bases)
     if exact is not None:
-        return exact[0] or named_below(root, file_name, annotations, bases[0])
+        return exact[0]
     places = []
     for base in bases:
         with suppress(DataError):

@@ -184,9 +184,9 @@ def read_labels(name: str, root: Path) -> DataSet:
     _check_rows(rows, multi)
     found, gone = [], []
     look = Lookup(root)
+    places = {table: (table.path.parent, table.path.parent / "images") for table in tables}
     for table, row in rows:
-        places = table.path.parent, table.path.parent / "images"
-        image = look.file(row[table.column], f"{table.path}, row {row['row']}", places)
+        image = look.file(row[table.column], f"{table.path}, row {row['row']}", places[table])
         if image is None:
             gone.append(row[table.column])
             continue
