@@ -81,15 +81,12 @@ def unknown(table: Place, keys: Iterable[str], known: Sequence[str]) -> list[Fau
     given = list(keys)
     strange = [key for key in given if key not in known]
     close = looks_like(given, known)
-    guesses = {
-        key: f"Did you mean {close[key]}?" if key in close else nearest(key, known) for key in strange[:MOST_SAID]
-    }
-    some = f" Known: {', '.join(sorted(known))}." if len(known) <= MOST_NAMED else ""
+    some = f"Known: {', '.join(sorted(known))}." if len(known) <= MOST_NAMED else ""
     faults = []
-    for key in strange:
-        guess = guesses.get(key, "")
-        said = guess + ("" if "Known:" in guess else some)
-        faults.append(Fault((*table, key), f"unknown. {said.strip()}".strip()))
+    for i, key in enumerate(strange):
+        guess = f"Did you mean {close[key]}?" if key in close else nearest(key, known) if i < MOST_SAID else ""
+        said = guess if "Known:" in guess else f"{guess} {some}".strip()
+        faults.append(Fault((*table, key), f"unknown. {said}".strip()))
     return faults
 
 

@@ -23,7 +23,7 @@ class Inner:
 class Outer:
     """A table."""
 
-    name: str
+    classes: str
     inner: Inner = Inner()
     sizes: tuple[int, ...] = ()
 
@@ -45,7 +45,7 @@ def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("checked", ["made", "check"])
 def test_unknown_keys_are_compared_once(compared: list[str], checked: str) -> None:
     strange = {f"odd{i}": i for i in range(300)}
-    data = {**strange, "nane": "x", "inner": {"lrr": 1.0, **strange}}
+    data = {**strange, "clases": "x", "inner": {"lrr": 1.0, **strange}}
     if checked == "check":
         faults = check(Outer, data)
     else:
@@ -53,10 +53,10 @@ def test_unknown_keys_are_compared_once(compared: list[str], checked: str) -> No
             made(Outer, data, "It")
         faults = list(raised.value.faults)
     said = {fault.place: fault.said for fault in faults}
-    assert len(said) == 603 and said["name",] == "it is missing"
-    assert said["nane",].startswith("unknown. Did you mean name?")
+    assert len(said) == 603 and said["classes",] == "it is missing"
+    assert said["clases",].startswith("unknown. Did you mean classes?")
     assert said["inner", "lrr"].startswith("unknown. Did you mean lr?")
-    assert said["odd0",] == said["odd299",] == "unknown. Known: inner, name, sizes."
+    assert said["odd0",] == said["odd299",] == "unknown. Known: classes, inner, sizes."
     assert len(compared) <= 602 + 2 * MOST_SAID
 
 
@@ -74,11 +74,11 @@ def test_unknown_keys_of_a_large_table_are_named_without_the_known_ones() -> Non
 
 def test_a_list_of_many_wrong_values_is_one_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error for each takes far more memory than the list."""
-    data = {"name": "x", "sizes": ["a"] * (schemas.MOST_ERRORS + 1)}
+    data = {"classes": "x", "sizes": ["a"] * (schemas.MOST_ERRORS + 1)}
     assert check(Outer, data) == [Fault((), "10001 values in it are of wrong types, or unknown")]
     monkeypatch.setattr(schemas, "MOST_VALUES", 100)
-    assert check(Outer, {"name": "x", "sizes": [1] * 101}) == [Fault((), "it holds more than 100 values")]
-    assert check(Outer, {"name": "x", "sizes": [1] * 90}) == []
+    assert check(Outer, {"classes": "x", "sizes": [1] * 101}) == [Fault((), "it holds more than 100 values")]
+    assert check(Outer, {"classes": "x", "sizes": [1] * 90}) == []
 
 
 def test_a_long_value_is_shown_by_its_beginning() -> None:
