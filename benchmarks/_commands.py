@@ -16,6 +16,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from itertools import product
@@ -194,7 +195,8 @@ def _removed(path: Any, *_: Any, dir_fd: int | None = None, **__: Any) -> Any:
     """What is removed; "/" for temporary files, since those that can't be removed stay."""
     folder = "" if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
     whole = os.path.join(folder, os.fsdecode(path))
-    return "/" if ".tmp" in whole or os.path.abspath(whole).startswith(os.environ["TMPDIR"]) else whole
+    temporary = any(part.endswith(".tmp") for part in Path(whole).parts)
+    return "/" if temporary or Path(os.path.abspath(whole)).is_relative_to(os.environ["TMPDIR"]) else whole
 
 
 class _Raw(io.FileIO):
@@ -370,6 +372,20 @@ class Bench:
                     if not damaged:
                         raise
                     found.append(b"damaged")
+        return found
+
+    def rows(self) -> set[bytes]:
+        """The sound rows of every cache that can be read, whatever file they are in."""
+        from featprobe.cache import WHOLE, Cache, read_contents
+        from featprobe.errors import CacheError
+
+        found = set()
+        for path in sorted(self.root.glob("cache/*/*.h5")):
+            with suppress(CacheError):
+                cache = Cache(path, read_contents(path))
+                for level, row in product(cache.levels, (cache.done == WHOLE).nonzero()[0].tolist()):
+                    with suppress(CacheError):
+                        found.add(cache.read_row(row, level).tobytes())
         return found
 
     def result(self) -> tuple[Any, ...]:

@@ -5,15 +5,15 @@
 
 A first run of each command counts its writes. Then each of them fails in turn, with ENOSPC from there on and with EIO
 once. The command must end in one paragraph (exit code 1; a study 3), leave no temporary file, and leave every file as
-it was that the command itself does not change; what was there already of results must be there still. The same command
-again must then give what it gives without errors.
+it was that the command itself does not change, and the others whole; what was there already of features and results
+must be there still. The same command again must then give what it gives without errors.
 """
 
 import argparse
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,18 @@ from _bench import report
 from _commands import COMMANDS, ERRORS, Bench, Fault, Ran
 from tqdm import tqdm
 
+LEAST = 0.8  # of the bytes of a file without errors, that it has if it is whole
 SPARED = ".look"  # of files that cost time alone when they can't be written: no error
 
 
-def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], changed: Collection[str]) -> list[str]:
+def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], changed: Mapping[str, int]) -> list[str]:
     """What is wrong with a command that meets a fault, and with the same command after it.
 
-    "not met": it had no such write. whole: its result without errors. changed: the files that it changes, or makes.
+    "not met": it had no such write. whole: its result without errors. changed: the files that it changes, makes or
+    removes, and the bytes that they have then.
     """
     bench.before(name)
-    before, rows = bench.files(), bench.scores()
+    before, rows, features = bench.files(), bench.scores(), bench.rows()
     ran = bench.run(name, fault)
     if len(ran.writes) <= fault.at:
         return ["not met"]
@@ -45,6 +47,9 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
         for path in before
         if path not in changed and after.get(path) != before[path] and not path.endswith("/sheet.png")
     ]
+    found += [f"half written: {path}" for path in half_written(before, after, changed)]
+    lost = (features & {*whole[2]}) - bench.rows()
+    found += [f"{len(lost)} rows of features are gone"] if lost else []
     kept = {folder for folder, _ in rows} & dict(whole[1]).keys()
     found += [f"the row of {folder} is gone" for folder in sorted(kept - dict(bench.scores()).keys())]
     if completed:
@@ -57,15 +62,22 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
     return found
 
 
-def counted(bench: Bench, name: str) -> tuple[Ran, tuple[Any, ...], set[str]]:
-    """A command without errors: how it ran, its result, and the files that it changes or makes."""
+def half_written(before: Mapping[str, bytes], after: Mapping[str, bytes], changed: Mapping[str, int]) -> list[str]:
+    """Files that are neither as they were nor about as long as without errors; times and paths vary in length."""
+    new = [path for path in changed if path in after and after[path] != before.get(path)]
+    return [path for path in new if len(after[path]) < changed[path] * LEAST]
+
+
+def counted(bench: Bench, name: str) -> tuple[Ran, tuple[Any, ...], dict[str, int]]:
+    """A command without errors: how it ran, its result, and the files that it changes, makes or removes, with their
+    bytes then."""
     bench.before(name)
     before = bench.files()
     ran = bench.run(name)
     if ran.code not in (0, 3) or "Traceback" in ran.err:
         raise RuntimeError(f"{name}: {ran.code}: {ran.err[-3000:]}")
     after = bench.files()
-    changed = {path for path in after | before if before.get(path) != after.get(path)}
+    changed = {path: len(after.get(path, b"")) for path in after | before if before.get(path) != after.get(path)}
     return ran, bench.result(), changed
 
 

@@ -26,7 +26,10 @@ now. No error loses anything that was written before.
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import islice
 from typing import Any, ClassVar
+
+MOST_COMPARED, LONGEST_COMPARED = 1000, 500  # unknown names, and characters of one, that are compared with known ones
 
 
 class FeatprobeError(Exception):
@@ -149,15 +152,18 @@ def figures(value: float, digits: int = 3) -> str:
 def looks_like(names: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Unknown names that look like a missing known name, with that name: probable misspellings.
 
+    No more than MOST_COMPARED unknown names are compared, as each takes its time.
+
     >>> looks_like(["image", "Spilt", "camera"], ["image", "split", "group"])
     {'Spilt': 'split'}
     """
-    given = list(names)
+    given = dict.fromkeys(names)
     missing = {name.casefold(): name for name in known if name not in given}
-    found = {}
-    for name in given:
-        close = get_close_matches(" ".join(name.split()).casefold(), missing, n=1, cutoff=0.8)
-        if close and name not in known:
+    wanted, found = set(known), {}
+    for name in islice((name for name in given if name not in wanted), MOST_COMPARED if missing else 0):
+        words = " ".join(name[:LONGEST_COMPARED].split()).casefold()
+        close = get_close_matches(words, missing, n=1, cutoff=0.8)
+        if close:
             found[name] = missing[close[0]]
     return found
 
@@ -169,7 +175,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     'Did you mean xray? Known: surface, xray.'
     """
     names = sorted(set(known))
-    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    close = get_close_matches(name, names, n=3, cutoff=0.5) if len(name) <= LONGEST_COMPARED else []
     parts = [f"Did you mean {' or '.join(close)}?"] if close else []
     if 0 < len(names) <= 12:
         parts.append(f"Known: {', '.join(names)}.")

@@ -6,11 +6,11 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from featprobe.datasets.images.pages import can_be_counted, opened_file, page_of
 from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.names import alike, as_on_disk, by_form, is_hidden, renamed, visible
 from featprobe.datasets.samples import listed
-from featprobe.datasets.values import raise_all
+from featprobe.datasets.values import Faults
 from featprobe.errors import DataError, counted, looks_like
 from featprobe.io.disk import parse_json
 from featprobe.machine import available_memory, human_bytes
@@ -28,6 +28,8 @@ IN_MEMORY = 8  # bytes of memory, about, per byte of annotations, once parsed
 SMALL = 1 << 24  # bytes: a text up to this size may always be read
 FOLLOW_LINKS = "--follow-links"
 _FOLLOWED: ContextVar[bool] = ContextVar("links are followed", default=False)
+MOST_NAMED = 24  # columns of a table in a message
+ROWS_BETWEEN, LEAST_FREE = 1 << 17, 1 << 27  # rows between two looks at the free memory, and the bytes wanted then
 SEPARATORS = (",", ";", "\t")  # of columns; spreadsheets write each of these
 
 
@@ -71,7 +73,7 @@ def read_text(path: Path, most: int | None = None) -> str:
     try:
         with opened_file(path) as stream:
             held = os.fstat(stream.fileno()).st_size
-            if held > SMALL and held > (most or available_memory() // IN_MEMORY):
+            if held > (most or SMALL) and held > (most or available_memory() // IN_MEMORY):
                 limit = f"such a file may have ({human_bytes(most)})" if most else "fits the memory"
                 raise DataError(f"{path} has {human_bytes(held)}, more than {limit}. It was not read.")
             with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
@@ -115,35 +117,58 @@ def rows_of(text: str, path: Path, columns: Sequence[str], optional: Sequence[st
     text, first = (rest, "") if stated else (text, first)
     separator = next((known for known in SEPARATORS if known in (stated or first)), ",")
     try:
-        cells = list(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        header = _header([cell.strip() for cell in next(lines, [])], path, columns, optional)
+        return _rows(lines, header, path, separator, columns, optional)
     except csv.Error as error:
         raise DataError(f"{path} can't be read as CSV: {error}.") from error
-    rows = [[cell.strip() for cell in row] for row in cells]
+
+
+def _header(names: Sequence[str], path: Path, columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """The columns that the first row of a table names, known ones as they are called here. Raises DataError."""
     known = {name.casefold(): name for name in (*columns, *optional)}
-    header = [known.get(name.casefold(), name) for name in (rows[0] if rows else [])]
+    header = [known.get(name.casefold(), name) for name in names]
     alike = looks_like(header, tuple(known.values()))
     faults = [f"{name!r}, which looks like {column!r}" for name, column in alike.items()]
     faults += [f"{name!r} twice" for name, count in Counter(header).items() if name and count > 1]
     if faults or not set(columns) <= set(header):
         also = f"; optional: {', '.join(optional)}" if optional else ""
         raise DataError(
-            f"{path} has the columns {', '.join(header) or '(none)'}. wanted: {', '.join(columns)}{also}."
-            + (f"\n  found   {'; '.join(faults)}\nRename these columns, or remove them." if faults else "")
+            f"{path} has the columns {listed(header, MOST_NAMED) or '(none)'}. wanted: {', '.join(columns)}{also}."
+            + (f"\n  found   {'; '.join(faults[:MOST_NAMED])}\nRename these columns, or remove them." if faults else "")
         )
-    long = [number for number, row in enumerate(rows, start=1) if any(row[len(header) :])]
-    if long:
-        raise DataError(
-            f"{path}, row {long[0]} has more cells than there are columns. Put a name with a {separator!r} in it in "
-            f"quotes.\n  wanted  {', '.join(header)}\n  found   {separator.join(rows[long[0] - 1])[:200]}"
-        )
-    needed = max(header.index(name) for name in columns)
-    short = [number for number, row in enumerate(rows, start=1) if any(row) and len(row) <= needed]
-    if short:
-        raise DataError(
-            f"{path}, row {short[0]} can't be read. wanted: {', '.join(columns)}. "
-            f"found: {separator.join(rows[short[0] - 1])[:200]!r}"
-        )
-    return [dict(zip(header, [*row, *[""] * len(header)], strict=False)) for row in rows[1:] if any(row)]
+    return header
+
+
+def _rows(
+    lines: Iterable[list[str]], header: Sequence[str], path: Path, separator: str,
+    columns: Sequence[str], optional: Sequence[str],
+) -> list[dict[str, str]]:  # fmt: skip
+    """The rows below the header: their known columns alone, since a wide header would be held in every row.
+
+    Raises DataError.
+    """
+    width, needed = len(header), max(header.index(name) for name in columns)
+    kept = [(name, i) for i, name in enumerate(header) if name in columns or name in optional]
+    found: list[dict[str, str]] = []
+    for number, line in enumerate(lines, start=2):
+        row = [cell.strip() for cell in line]
+        if any(row[width:]):
+            raise DataError(
+                f"{path}, row {number} has more cells than there are columns. Put a name with a {separator!r} in it in "
+                f"quotes.\n  wanted  {listed(header, MOST_NAMED)}\n  found   {separator.join(row)[:200]}"
+            )
+        if not any(row):
+            continue
+        if len(row) <= needed:
+            raise DataError(
+                f"{path}, row {number} can't be read. wanted: {', '.join(columns)}. "
+                f"found: {separator.join(row)[:200]!r}"
+            )
+        found.append({name: row[i] if i < len(row) else "" for name, i in kept})
+        if len(found) % ROWS_BETWEEN == 0 and available_memory() < LEAST_FREE:
+            raise DataError(f"{path} has more rows than fit the memory. It was not read beyond row {number}.")
+    return found
 
 
 @dataclass
@@ -218,14 +243,15 @@ def read_table(path: Path) -> Table:
 def by_name(rows: Sequence[dict[str, str]], column: str, path: Path) -> dict[str, dict[str, str]]:
     """Rows by the image that a column names. Raises DataError for all rows that name none, or the image of another."""
     named: dict[str, dict[str, str]] = {}
-    faults = []
+    faults = Faults()
+    called = "name" if column == "image" else column
     for number, row in enumerate(rows, start=1):
         name = row[column].replace("\\", "/") if column == "image" else row[column]
         if not name or name in named:
-            called = "name" if column == "image" else column
-            faults.append(f"{path}, image {number}: {f'{name} is there twice' if name else f'it has no {called}'}.")
+            said = f"{name} is there twice" if name else f"it has no {called}"
+            faults.say(partial("{}, image {}: {}.".format, path, number, said))
         named[name] = row
-    raise_all([DataError(fault) for fault in faults])
+    faults.raise_all()
     return named
 
 
@@ -316,16 +342,17 @@ def other_images(root: Path, read: Sequence[Path]) -> list[str]:
 
     Images count as read also where a link in a read folder leads to them.
     """
-    others = [p for p in files_in(root) if p.suffix.lower() in SUFFIXES and not any(map(p.is_relative_to, read))]
+    folders = {*read}
+    others = [p for p in files_in(root) if p.suffix.lower() in SUFFIXES and folders.isdisjoint(p.parents)]
     if not others:
         return []
-    places = [folder.resolve() for folder in read]
+    places = {folder.resolve() for folder in read}
     met = {path.resolve() for folder in read for path in files_in(folder)}
     real = {path: path.resolve() for path in others}
     left = Counter(
         path.parent.relative_to(root).as_posix()
         for path in others
-        if real[path] not in met and not any(map(real[path].is_relative_to, places))
+        if real[path] not in met and places.isdisjoint(real[path].parents)
     )
     each = [f"{count} of {folder}/" for folder, count in sorted(left.items())]
     return [f"{counted(left.total(), 'other image was', 'other images were')} not read: {listed(each)}"] if left else []

@@ -1,5 +1,6 @@
 """CVAT's labelmap.txt, one `name:R,G,B:parts:actions` per line. Masks hold these colours, or the lines' indices."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,7 +77,7 @@ def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
         if line.strip() and not line.startswith("#")
     )
     for what in zip(*named, strict=True):
-        again = [str(value) for i, value in enumerate(what) if value in what[:i]]
+        again = [str(value) for value, count in Counter(what).items() if count > 1]
         if again:
             raise DataError(f"{path} names {listed(again)} twice. wanted: each name and each colour once.")
     back = next((i for i, (name, _) in enumerate(named) if name.lower() == "background"), None)
@@ -85,7 +86,8 @@ def read_labelmap(root: Path, *folders: Path) -> Labelmap | None:
         named, back = [("background", 0), *named], 0
     plain = [name for i, (name, _) in enumerate(named) if i != back and name.lower() not in IGNORED]
     classes = check_classes([named[back][0], *plain], path)
-    indices = [IGNORE if name.lower() in IGNORED else classes.index(name) for name, _ in named]
+    number = {name: i for i, name in enumerate(classes)}
+    indices = [IGNORE if name.lower() in IGNORED else number[name] for name, _ in named]
     return Labelmap(path, classes, {c: i for (_, c), i in zip(named, indices, strict=True)}, tuple(indices))
 
 

@@ -1,6 +1,7 @@
 """Labels for all readers: objects from boxes, polygons and masks, sizes, pixels of masks, class names."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from featprobe.geometry import Size
 from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
 
+LONGEST_OUTLINE = 1 << 22  # pixels, of all polygons of an object
+MERGED = 64  # masks that are joined at once
 SHOWN = 3  # most places of objects in a note
 SLACK = 1.0  # pixels by which a coordinate may pass the image's edge, because common exporters round
 
@@ -76,7 +79,7 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
     clipped = (max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(width)), min(box[3], float(height)))
     if clipped != box:
         flat = [part.clip(0, (width, height)).ravel().tolist() for part in parts]
-    rle = _text_rle(coco_mask.merge(coco_mask.frPyObjects(flat, height, width)))
+    rle = _text_rle(drawn(flat, size, where))
     if not coco_mask.area(rle):
         raise OutOfImageError(
             f"{where}: the polygon covers no pixel.\n"
@@ -85,6 +88,29 @@ def polygon_instance(category: int, parts: Sequence[NDArray[np.float64]], size: 
             f"y {box[1]:g} to {box[3]:g}"
         )
     return Instance(category, clipped, rle)
+
+
+def drawn(polygons: Sequence[Sequence[float]], size: Size, where: object) -> Any:
+    """The union of polygons, each x y x y …, as pycocotools draws it. Raises DataError for outlines of absurd length.
+
+    pycocotools takes memory for each pixel of an outline, and ends the process where it gets none. It joins masks one
+    after another, in the square of their number, so they are joined by MERGED here, and these again.
+    """
+    outline = sum(_outline(polygon) for polygon in polygons)
+    if outline > LONGEST_OUTLINE:
+        raise DataError(
+            f"{where}: the outline is {outline:.0f} pixels long. wanted: at most {LONGEST_OUTLINE}. It was not drawn."
+        )
+    parts = coco_mask.frPyObjects(polygons, *size)
+    while len(parts) > MERGED:
+        parts = [coco_mask.merge(parts[i : i + MERGED]) for i in range(0, len(parts), MERGED)]
+    return coco_mask.merge(parts)
+
+
+def _outline(polygon: Sequence[float]) -> float:
+    """The steps that drawing a polygon takes, in pixels: of each side the longer of its width and its height."""
+    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def _is_inside(box: Sequence[float], size: Size) -> bool:
@@ -167,11 +193,11 @@ def read_binary(path: Path, above: int = 0) -> Labels:
 
 def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
     """Class names, the background first, checked. Raises DataError for too many, too few, or equal names."""
-    twice = [name for name in dict.fromkeys(classes) if classes.count(name) > 1]
+    twice = [name for name, count in Counter(classes).items() if count > 1]
     if not 2 <= len(classes) < IGNORE or twice:
         said = f", of which several are called {listed(twice)}" if twice else ""
         raise DataError(
-            f"{where} names {len(classes)} classes ({', '.join(classes)[:200]}){said}.\n"
+            f"{where} names {len(classes)} classes ({', '.join(classes[:200])[:200]}){said}.\n"
             f"  wanted  2 to {IGNORE - 1}, each once, the background first"
         )
     return tuple(classes)

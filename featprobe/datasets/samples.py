@@ -3,10 +3,11 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -38,6 +39,10 @@ class Sample:
     labels: str = ""
 
 
+FIELDS = ("id", "image", "group", "split", "labels")
+"""The fields of a Sample, in their order."""
+
+
 class Samples(Sequence[Sample]):
     """Samples stored as one array of text per field. A Sample is made only when it is asked for.
 
@@ -54,6 +59,23 @@ class Samples(Sequence[Sample]):
 
     def __repr__(self) -> str:
         return f"Samples({len(self)})"
+
+    @classmethod
+    def of(cls, samples: Iterable[Sample]) -> "Samples":
+        """These samples; themselves where they are stored so already."""
+        return samples if isinstance(samples, cls) else cls(samples)
+
+    def texts(self, name: Literal["id", "group", "split"]) -> list[str]:
+        """A field of all samples, without making them."""
+        column = self._columns[FIELDS.index(name)]
+        return [column.shared + rest for rest in column.rest.tolist()]
+
+    def with_splits(self, splits: Sequence[str]) -> "Samples":
+        """The same samples in these splits."""
+        found = copy(self)
+        found._columns = [*self._columns]
+        found._columns[FIELDS.index("split")] = _Column(splits)
+        return found
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import xxhash
 
-from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
+from featprobe.datasets.samples import SPLITS, DataSet, Samples, listed, split_of
 from featprobe.errors import DataError, counted
 
 SHARES: Mapping[str, float] = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -68,17 +68,21 @@ def split_by_group(
 
 def _rarest_first(by_hash: Sequence[str], held_by: Mapping[str, Mapping[int, int]]) -> list[tuple[str, int | None]]:
     """(group, class by which it is placed): groups with the rarest class first, groups without a class last."""
-    found: list[tuple[str, int | None]] = []
-    left = list(by_hash)
-    while left:
-        counts: dict[int, int] = defaultdict(int)
-        for group in left:
-            for name in held_by.get(group, ()):
-                counts[name] += 1
-        rarest = min(counts, key=lambda name: (counts[name], name), default=None)
-        found += [(group, rarest) for group in left if rarest is None or rarest in held_by.get(group, ())]
-        left = [group for group in left if rarest is not None and rarest not in held_by.get(group, ())]
-    return found
+    holders: dict[int, list[str]] = defaultdict(list)
+    for group in by_hash:
+        for name in held_by.get(group, ()):
+            holders[name].append(group)
+    counts = {name: len(groups) for name, groups in holders.items()}  # of groups that are not placed yet
+    found: dict[str, int | None] = {}
+    while counts:
+        rarest = min(counts, key=lambda name: (counts[name], name))
+        for group in holders[rarest]:
+            if group not in found:
+                found[group] = rarest
+                for name in held_by[group]:
+                    counts[name] -= 1
+        counts = {name: count for name, count in counts.items() if count}
+    return [*found.items(), *((group, None) for group in by_hash if group not in found)]
 
 
 def fold_splits(
@@ -122,16 +126,15 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
     test. Where a set has only train and val, val becomes test. Notes report leaks and choices. called: the name of the
     samples' split in the notes. Raises DataError for splits that are unknown, empty, or named for some images only.
     """
-    named = {sample.split for sample in data.samples if sample.split}
-    if any(split_of(word) != word for word in named):
-        data = replace(data, samples=tuple(replace(sample, split=split_of(sample.split)) for sample in data.samples))
-        named = set(map(split_of, named))
+    samples = Samples.of(data.samples)
+    groups, splits = samples.texts("group"), [split_of(split) for split in samples.texts("split")]
+    named = {*splits} - {""}
     notes = list(data.notes)
     if not named:
-        splits = split_by_group([s.group for s in data.samples])
+        splits = split_by_group(groups)
         notes.append("the set names no splits: 60/20/20 by group, from the names of the groups")
         return _with_splits(data, splits, notes)
-    lost = [s.id for s in data.samples if not s.split]
+    lost = [identity for identity, split in zip(samples.texts("id"), splits, strict=True) if not split]
     if lost:
         raise DataError(f"{data.root} names the split of some images only; without one: {listed(lost)}.")
     unknown = sorted(named - set(SPLITS))
@@ -141,13 +144,12 @@ def complete_splits(data: DataSet, called: str = "its own split") -> DataSet:
         raise DataError(
             f"{data.root} has an empty split.\n  wanted  train, and val or test\n  found   {', '.join(sorted(named))}"
         )
-    splits = [sample.split for sample in data.samples]
     if "test" not in named:
         splits = ["test" if split == "val" else split for split in splits]
         notes.append("the set has the splits train and val only: its val is scored as test")
-    notes += leaks([sample.group for sample in data.samples], splits, called)
+    notes += leaks(groups, splits, called)
     if "val" not in splits:
-        splits = carve_validation([s.group for s in data.samples], splits)
+        splits = carve_validation(groups, splits)
         held = splits.count("val")
         share = f"{held} of {held + splits.count('train')} images"
         notes.append(f"validation was carved from train by group, as no split is val: {share}")
@@ -252,5 +254,4 @@ def _with_splits(data: DataSet, splits: Sequence[str], notes: Sequence[str]) -> 
     empty = [split for split in SPLITS if split not in splits]
     if empty:
         raise DataError(f"{data.root} has no image in its {', '.join(empty)} split. Nothing can be trained and scored.")
-    samples = tuple(replace(s, split=split) for s, split in zip(data.samples, splits, strict=True))
-    return replace(data, samples=samples, notes=tuple(notes))
+    return replace(data, samples=Samples.of(data.samples).with_splits(splits), notes=tuple(notes))

@@ -105,26 +105,45 @@ def stated_side(value: Any, where: object) -> int | None:
     return None if value in NOTHING else to_whole(value, where) or None
 
 
+class Faults:
+    """The faults of a file as one error. It holds no more of them than it tells: a file may have a million."""
+
+    def __init__(self, most: int = 10) -> None:
+        """most: how many are told."""
+        self.most, self.count = most, 0
+        self.first: list[DataError] = []
+        self.kinds: set[type[DataError]] = set()
+
+    def add(self, fault: DataError) -> None:
+        """Add an error."""
+        self.count += 1
+        self.kinds.add(type(fault))
+        if self.count <= self.most:
+            self.first.append(fault)
+
+    def say(self, text: Callable[[], str]) -> None:
+        """Add a DataError of this text, which is made only where it is told."""
+        self.add(DataError(text() if self.count < self.most else ""))
+
+    def raise_all(self) -> None:
+        """Raise all as one, of their class where all have the same; do nothing where there are none."""
+        if self.count:
+            more = [f"and {self.count - self.most} more"] if self.count > self.most else []
+            kind = next(iter(self.kinds)) if len(self.kinds) == 1 else DataError
+            raise kind("\n".join([*map(str, self.first), *more])) from self.first[0]
+
+
 def gathered(makers: Iterable[Callable[[], T]]) -> list[T]:
     """The results of all makers. Raises their DataErrors as one, so that one message shows all faults of a file."""
     made: list[T] = []
-    faults: list[DataError] = []
+    faults = Faults()
     for make in makers:
         try:
             made.append(make())
         except DataError as error:
-            faults.append(error)
-    raise_all(faults)
+            faults.add(error)
+    faults.raise_all()
     return made
-
-
-def raise_all(faults: Sequence[DataError], most: int = 10) -> None:
-    """Raise several errors as one, of their class where all have the same; do nothing where there are none."""
-    if faults:
-        kinds = {type(fault) for fault in faults}
-        more = [f"and {len(faults) - most} more"] if len(faults) > most else []
-        kind = kinds.pop() if len(kinds) == 1 else DataError
-        raise kind("\n".join([*map(str, faults[:most]), *more])) from faults[0]
 
 
 def check_names(entry: Mapping[Any, Any], known: Sequence[str], where: object) -> None:

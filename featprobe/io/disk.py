@@ -20,9 +20,12 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from featprobe.errors import DiskError, FileKindError
+from featprobe.machine import available_memory
 
 Content = bytes | str
 MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
+UNASKED = 1 << 22  # bytes of a JSON text for which no memory is looked up
+PER_TABLE, PER_VALUE = 80, 40  # bytes that an empty list or table takes, and any other value at least
 MOST_DOTS = 200  # in a name of a TOML file
 _TOML_TEXT = re.compile(
     rb'"""(?:[^"\\]|\\.|"{1,2}(?!"))*+(?:"{3,5}|\Z)|"(?:[^"\\\n]|\\.)*+"?'
@@ -142,8 +145,7 @@ def append_line(path: Path, line: bytes) -> None:
             try:
                 _write_all(handle, b"\n" * torn + line + b"\n")
                 os.fsync(handle)
-                if not size:
-                    sync_folder(path.parent)
+                sync_folder(path.parent)  # also of a file with lines: who made it may have been killed before this
             except OSError:
                 with suppress(OSError):
                     os.ftruncate(handle, size)
@@ -160,6 +162,8 @@ def filter_lines(path: Path, keep: Callable[[bytes], bool]) -> int:
     """
     try:
         with _locked(path, os.O_RDWR | os.O_NOFOLLOW) as file:
+            if (size := os.fstat(file.fileno()).st_size) > available_memory() // 2:
+                raise FileKindError(f"{path} has {size} bytes, more than fit the memory. Nothing was removed.")
             lines = file.read().split(b"\n")
             kept = [line for line in lines if not line.strip() or keep(line)]
             if len(kept) < len(lines):
@@ -401,7 +405,14 @@ def plain_name(name: str) -> bool:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises only ValueError, also for text that is nested too deeply."""
+    """The value of a JSON text. Raises only ValueError, also for text that is nested too deeply.
+
+    A value of two characters takes 30 times their memory, so a large text whose values don't fit it is not parsed.
+    """
+    if len(text) > UNASKED:
+        marks = [text.count(mark) for mark in "[{,"] if isinstance(text, str) else [text.count(mark) for mark in b"[{,"]
+        if (marks[0] + marks[1]) * PER_TABLE + marks[2] * PER_VALUE > available_memory():
+            raise ValueError("its values would take more memory than there is")
     try:
         return json.loads(text)
     except RecursionError as error:

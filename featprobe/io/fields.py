@@ -6,7 +6,7 @@ Only the standard library is used, so that commands on caches start fast. `schem
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -19,6 +19,7 @@ Place = tuple[str | int, ...]
 """Keys of tables and places in lists that lead to a value, from the outermost."""
 MOST_SHOWN = 60  # characters of a value in a message
 MOST_NAMED = 24  # known names in a message
+MOST_SAID = 100  # faults in a message
 MISSING_FIELD = "it is missing"
 LARGEST = 2**63 - 1  # of a whole number
 NAMES: Mapping[Any, str] = {
@@ -65,6 +66,7 @@ def shown(value: object) -> str:
         text = json.dumps(value, ensure_ascii=False, default=lambda own: f"{type(own).__name__} {own}")
     except (ValueError, RecursionError):  # a number of thousands of digits, or lists nested too deeply
         text = f"a value that can't be shown ({type(value).__name__})"
+    text = text[: MOST_SHOWN + 1]
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 1]}…"
 
@@ -74,19 +76,25 @@ def wrong(place: Place, wanted: str, found: object) -> Fault:
     return Fault(place, f"wanted {wanted}, found {shown(found)}")
 
 
-def unknown(place: Place, known: Sequence[str], beside: Sequence[str] = ()) -> Fault:
-    """The fault of an unknown key, with the known key that looks like it. beside: the other keys there."""
-    key = str(place[-1])
-    close = looks_like([key, *beside], known).get(key)
-    guess = f"Did you mean {close}?" if close else nearest(key, known)
-    if "Known:" not in guess and len(known) <= MOST_NAMED:
-        guess += f" Known: {', '.join(sorted(known))}."
-    return Fault(place, f"unknown. {guess.strip()}")
+def unknown(table: Place, keys: Iterable[str], known: Sequence[str]) -> list[Fault]:
+    """The faults of the unknown keys of a table, each with the known key that looks like it. keys: all that it has."""
+    given = list(keys)
+    strange = [key for key in given if key not in known]
+    close = looks_like(given, known)
+    some = f"Known: {', '.join(sorted(known))}." if len(known) <= MOST_NAMED else ""
+    faults = []
+    for i, key in enumerate(strange):
+        guess = f"Did you mean {close[key]}?" if key in close else nearest(key, known) if i < MOST_SAID else ""
+        said = guess if "Known:" in guess else f"{guess} {some}".strip()
+        faults.append(Fault((*table, key), f"unknown. {said}".strip()))
+    return faults
 
 
 def message(what: str, faults: Sequence[Fault], to_do: str = "") -> str:
-    """The text of an error with all faults of one file."""
-    return "\n".join([what, *(f"  {fault}" for fault in dict.fromkeys(faults)), *([to_do] if to_do else [])])
+    """The text of an error with the faults of one file: the first MOST_SAID, and how many more there are."""
+    each = list(dict.fromkeys(faults))
+    more = [f"  and {len(each) - MOST_SAID} more"] if len(each) > MOST_SAID else []
+    return "\n".join([what, *(f"  {fault}" for fault in each[:MOST_SAID]), *more, *([to_do] if to_do else [])])
 
 
 def limits(checks: Mapping[str, tuple[bool, str, object]]) -> list[Fault]:
@@ -140,7 +148,7 @@ def _misfits_of_table(value: object, wanted: type, place: Place) -> list[Fault]:
     if not isinstance(value, Mapping):
         return [wrong(place, "a table", value)]
     hints = _hints(wanted)
-    faults = [unknown((*place, str(key)), list(hints), list(map(str, value))) for key in value if key not in hints]
+    faults = unknown(place, map(str, value), list(hints))
     needed = [field.name for field in fields(wanted) if field.default is MISSING and field.default_factory is MISSING]
     faults += [Fault((*place, name), MISSING_FIELD) for name in needed if name not in value]
     for name, hint in hints.items():

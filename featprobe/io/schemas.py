@@ -5,9 +5,10 @@ Only this module imports pydantic. Types are exact, as in `fields.misfits`; the 
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
+from itertools import count
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ from featprobe.io.fields import LARGEST, MISSING_FIELD, NAMES, Fault, Place, unk
 
 NOTHING: Any = [[]]
 """A value that fits no field. It replaces values that JSON does not have."""
+MOST_VALUES, MOST_ERRORS = 1 << 20, 10_000  # of a file
 WANTED: Mapping[str, str] = {
     "string_type": NAMES[str],
     "string_too_short": "a text that is not empty",
@@ -46,21 +48,30 @@ def check(kind: type, data: object, *, closed: bool = True, empty_texts: bool = 
     closed: whether a key without a field is a fault; otherwise it is ignored. empty_texts: whether a text may be empty.
     """
     try:
-        text = json.dumps([_plain(data)], ensure_ascii=False, default=lambda date: NOTHING)
+        text = json.dumps([_plain(data, count())], ensure_ascii=False, default=lambda date: NOTHING)
         _adapter(kind, closed, empty_texts).validate_json(text.encode(errors="replace"))
     except ValidationError as error:
+        if error.error_count() > MOST_ERRORS:  # each takes far more memory than its value
+            return [Fault((), f"{error.error_count()} values in it are of wrong types, or unknown")]
         return _faults(kind, data, error.errors(include_url=False))
+    except OverflowError:
+        return [Fault((), f"it holds more than {MOST_VALUES} values")]
     except (ValueError, RecursionError):
         return [Fault((), "it holds lists nested too deeply")]
     return []
 
 
-def _plain(value: Any) -> Any:
-    """A value where whole numbers that are too large are replaced by a value that fits no field."""
+def _plain(value: Any, number: Iterator[int]) -> Any:
+    """A value where whole numbers that are too large are replaced by a value that fits no field.
+
+    number: counts values. Raises OverflowError for too many.
+    """
+    if next(number) > MOST_VALUES:
+        raise OverflowError
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, number) for key, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_plain(item, number) for item in value]
     return NOTHING if isinstance(value, int) and abs(value) > LARGEST else value
 
 
@@ -79,13 +90,23 @@ def _adapter(kind: type, closed: bool, empty_texts: bool) -> TypeAdapter[Any]:
 def _faults(kind: type, data: object, errors: list[Any]) -> list[Fault]:
     """Faults from pydantic's errors, one per value."""
     found: dict[Place, list[Any]] = {}
+    strange: set[Place] = set()  # tables with unknown keys
     for error in errors:
         place = _place(data, error["loc"][1:], error["type"])
+        if error["type"] == "unexpected_keyword_argument":
+            strange.add(place[:-1])
         value = _at(data, place)
         enough = error.get("ctx", {}).get("min_length", 0)
         if not (error["type"] == "too_short" and isinstance(value, list) and len(value) >= enough):
             found.setdefault(place, []).append(error)  # pydantic does not count wrong entries
-    return [_fault(kind, data, place, own) for place, own in found.items()]
+    said = {fault.place: fault for table in strange for fault in _unknown(kind, data, table)}
+    return [said.get(place) or _fault(data, place, own) for place, own in found.items()]
+
+
+def _unknown(kind: type, data: object, table: Place) -> list[Fault]:
+    """The faults of the unknown keys of the table at a place."""
+    held: Any = _at(data, table)
+    return unknown(table, held, _known(kind, table))
 
 
 def _place(data: object, steps: Place, error: str) -> Place:
@@ -99,12 +120,9 @@ def _place(data: object, steps: Place, error: str) -> Place:
     return steps
 
 
-def _fault(kind: type, data: object, place: Place, errors: list[Any]) -> Fault:
+def _fault(data: object, place: Place, errors: list[Any]) -> Fault:
     if errors[0]["type"] == "missing":
         return Fault(place, MISSING_FIELD)
-    if errors[0]["type"] == "unexpected_keyword_argument":
-        beside: Any = _at(data, place[:-1])
-        return unknown(place, _known(kind, place[:-1]), list(beside))
     value = _at(data, place)
     if not isinstance(value, (str, int, float, list, dict, type(None))):
         return wrong(place, "no date or time", value)

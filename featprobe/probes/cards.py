@@ -10,7 +10,9 @@ from featprobe.io.schemas import check
 from featprobe.levels import FeatureLevel
 from featprobe.probes.heads import HeadRecipe
 from featprobe.result_rows import result_faults
-from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
+from featprobe.specs import MOST_CHANNELS, MOST_LEVELS, MOST_STRIDE, BackboneSpec, DataInfo, FeatureRecipe
+
+HEAD_FILE = "head.safetensors"
 
 WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
 """Fields that the card of a head trained by featprobe has, but that loading the head does not need."""
@@ -77,6 +79,20 @@ PARTS: Mapping[str, tuple[Any, Callable[[Any], object]]] = {
 }
 
 
+def _claims(card: Mapping[str, Any]) -> list[Fault]:
+    """The faults of levels that no backbone has, and of a head's hash that is not that of its file."""
+    levels, place = card["fingerprint"]["levels"], ("fingerprint", "levels")
+    faults = [wrong(place, f"1 to {MOST_LEVELS} levels", len(levels))] if not 1 <= len(levels) <= MOST_LEVELS else []
+    for i, level in enumerate(levels[:MOST_LEVELS]):
+        for name, most in (("channels", MOST_CHANNELS), ("stride", MOST_STRIDE)):
+            if not 1 <= level[name] <= most:
+                faults.append(wrong((*place, i, name), f"1 to {most}", level[name]))
+    stated = card.get("files", {}).get(HEAD_FILE)
+    if stated and stated["sha256"] != card["head_sha256"]:
+        faults.append(wrong(("files", HEAD_FILE, "sha256"), "that of head_sha256", stated["sha256"]))
+    return faults
+
+
 def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
     """The faults of a card: fields of wrong types, out of their limits, or in conflict with each other.
 
@@ -95,6 +111,7 @@ def card_faults(card: Mapping[str, Any], *, whole: bool = False) -> list[Fault]:
             parse({key: value for key, value in own.items() if key in {known.name for known in fields(kind)}})
         except FieldError as error:
             faults += [fault.below(name) for fault in error.faults]
+    faults += [] if faults else _claims(card)
     if isinstance(card.get("result"), Mapping):
         faults += [fault.below("result") for fault in result_faults(card["result"])]
     features = card.get("features")

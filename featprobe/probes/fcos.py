@@ -135,7 +135,7 @@ class FcosHead(BatchedObjectHead):
         for out in (self.class_out, self.box_out):
             nn.init.normal_(out.weight, std=0.01)
             nn.init.zeros_(out.bias)
-        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR).log().item())
+        nn.init.constant_(self.class_out.bias, -torch.tensor((1 - PRIOR) / PRIOR, device="cpu").log().item())
 
     @property
     def assignment(self) -> dict[str, str]:

@@ -31,10 +31,10 @@ from featprobe.io.disk import (
     write_together,
 )
 from featprobe.io.fields import MISSING_FIELD, Fault, message, plain, shown
-from featprobe.kinds import TASKS, how_known, kinds_of, names_of_kinds
+from featprobe.kinds import TASKS, builder_of, how_known, kinds_of, names_of_kinds
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
-from featprobe.probes.cards import Fingerprint, card_faults
+from featprobe.probes.cards import HEAD_FILE, Fingerprint, card_faults
 from featprobe.probes.head import Head
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.result_rows import ROW_VERSION, ResultRow
@@ -76,12 +76,12 @@ def save_head(
     MADE_AGAIN, which the card does not name. Raises DiskError.
     """
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
-    written = {"head.safetensors": save(own, {"format": HEAD_FORMAT}), **files}
+    written = {HEAD_FILE: save(own, {"format": HEAD_FORMAT}), **files}
     if backbone:  # one entry alone of what is said: the order of several varies from process to process
         said = {"frame": "{}x{}".format(*card["features"]["frame"])}
         written["backbone.safetensors"] = save(dict(backbone), said)
     hashes = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in written.items()}
-    sealed = plain({**card, "head_sha256": hashes["head.safetensors"]["sha256"], "files": hashes})
+    sealed = plain({**card, "head_sha256": hashes[HEAD_FILE]["sha256"], "files": hashes})
     sealed["card_sha256"] = digest(sealed)
     written |= beside(sealed["head_sha256"])
     written["card.json"] = (json.dumps(sealed, indent=1) + "\n").encode()
@@ -109,13 +109,14 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool 
     try:
         card = read_card(folder, whole=whole)
         try:
-            (data,) = read_files(folder, card, ["head.safetensors"])
+            (data,) = read_files(folder, card, [HEAD_FILE])
         except ProbeError as error:
             raise ProbeError(f"{folder}: {error}. Train it again.") from error
         tensors = load(data)
         levels = [FeatureLevel(**level) for level in card["fingerprint"]["levels"]]
         recipe_of_head = HeadRecipe.from_json(card["head"])
         try:
+            _check_claim(recipe_of_head, levels, len(data))
             head = build_head(recipe_of_head, levels)
         except ProbeError as error:
             raise ProbeError(f"{folder} holds a head that can't be built. {error}") from error
@@ -129,6 +130,16 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool 
     return head.eval(), card
 
 
+def _check_claim(recipe: HeadRecipe, levels: Sequence[FeatureLevel], held: int) -> None:
+    """Raise ProbeError for a head of more bytes than its file holds, before memory is taken for it."""
+    if recipe.task not in TASKS or builder_of(recipe.task, recipe.kind) is not None:
+        return  # one of your own may be anything
+    with torch.device("meta"):
+        claimed = sum(t.numel() * t.element_size() for t in build_head(recipe, levels).state_dict().values())
+    if claimed > held:
+        raise ProbeError(f"Its card describes one of {claimed} bytes, and {HEAD_FILE} has {held}.")
+
+
 def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
     """The card of a saved head. Raises ProbeError when there is none, or it was changed, or has faults.
 
@@ -138,7 +149,8 @@ def read_card(folder: Path, *, whole: bool = False) -> dict[str, Any]:
         card = read_json(below(folder, "card.json", "The folder of a head"), LARGEST_CARD)
         if card["format"] != HEAD_FORMAT or card["version"] > HEAD_VERSION:
             raise ProbeError(
-                f"{folder} holds {card['format']} {card['version']}. wanted: {HEAD_FORMAT} {HEAD_VERSION}."
+                f"{folder} holds {shown(card['format'])} {shown(card['version'])}. "
+                f"wanted: {HEAD_FORMAT} {HEAD_VERSION}."
             )
         if card.pop("card_sha256") != digest(card):
             raise ProbeError(f"{folder}/card.json is not as featprobe wrote it. Was it edited? Train the head again.")
@@ -234,7 +246,7 @@ def fault_of(folder: Path, card: Mapping[str, Any], *, hashes: bool = False) -> 
 
 def _said(card: Mapping[str, Any]) -> dict[str, Any]:
     """A card's entries on the files beside it, by name."""
-    own = {"head.safetensors": {"sha256": card["head_sha256"]}} if "head_sha256" in card else {}
+    own = {HEAD_FILE: {"sha256": card["head_sha256"]}} if "head_sha256" in card else {}
     return {**own, **card.get("files", {})}
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,14 +14,15 @@ from pycocotools import mask as coco_mask
 
 from featprobe.datasets.files import kept_below, leads_out, named_below, read_json, start_of
 from featprobe.datasets.images.pages import group_of, page_of
+from featprobe.datasets.lookup import Lookup
 from featprobe.datasets.names import first_there, visible
-from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, partly
+from featprobe.datasets.objects import SLACK, Tally, box_instance, check_stated, drawn, partly
 from featprobe.datasets.samples import SPLIT_WORDS, DataSet, Sample, listed, tasks_of
 from featprobe.datasets.values import (
     NOTHING,
+    Faults,
     check_names,
     gathered,
-    raise_all,
     shown,
     to_name,
     to_number,
@@ -42,6 +43,7 @@ OPTIONAL = {
 READ = {"id", "file_name", "height", "width", "category_id", "segmentation", "bbox", "area", "iscrowd", "isthing"}
 
 
+LONGEST_RUN = 60  # bits of a run length
 PLAIN_NUMBER = re.compile(r"0|-?[1-9]\d{0,99}", re.ASCII)
 T = TypeVar("T")
 Id = int | str
@@ -84,6 +86,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
     read_one = partial(_read_one, categories, {same_id(own): own for own in categories}, index)
     samples: list[Sample] = []
     known: set[str] = set()
+    look = Lookup(folder)
     inside: set[Path] = set()  # folders that no link leads out of
     named: set[tuple[str, str]] = set()
     first_of: dict[Path, str] = {}
@@ -94,7 +97,7 @@ def read_coco(name: str, root: Path, files: Sequence[Path]) -> DataSet:
         for image in data["images"]:
             where = f"{path}, image {image['file_name']}"
             split = to_name(image.get("split"), f"{where}, split") or _split_word(path, root)
-            place = find_image(folder, path, split, str(image["file_name"]))
+            place = find_image(look, path, split, str(image["file_name"]))
             if place.parent not in inside or place.is_symlink():
                 inside.add(kept_below(folder, place).parent)
             identity = str(image["file_name"])
@@ -185,23 +188,33 @@ def same_id(value: Any) -> Id:
     return int(value)
 
 
-def find_image(root: Path, annotations: Path, split: str, file_name: str) -> Path:
+def find_image(look: Lookup, annotations: Path, split: str, file_name: str) -> Path:
     """The path of an image of a COCO file; the first possible path where it is nowhere.
 
     PIDray's and CVAT's images are in a folder with the last word of the JSON file's name, RarePlanes' in PS-RGB_tiled
     of a split's folder. Raises DataError for a name that is absolute, or leads out of the data folder by `..`.
     """
-    last = annotations.stem.rpartition("_")[2]
-    folders = ["images", f"images/{annotations.stem}", f"images/{last}", ".", "data", last]
-    if split:
-        folders[1:1] = [f"images/{split}", split, f"{split}2017", f"{split}/PS-RGB_tiled"]
+    root, bases = look.root, _image_folders(look.root, annotations, split)
+    exact = look.exact(file_name, bases)
+    if exact is not None:
+        return exact[0]
     places = []
-    for base in [*(root / folder for folder in folders), annotations.parent]:
+    for base in bases:
         with suppress(DataError):
             places.append(named_below(root, file_name, annotations, base))
     if not places:
         named_below(root, file_name, f"{annotations}, file_name")
     return first_there(root, places) or places[0]
+
+
+@lru_cache(256)
+def _image_folders(root: Path, annotations: Path, split: str) -> tuple[Path, ...]:
+    """The folders where the images of a COCO file may lie, in the order in which they are looked at."""
+    last = annotations.stem.rpartition("_")[2]
+    folders = ["images", f"images/{annotations.stem}", f"images/{last}", ".", "data", last]
+    if split:
+        folders[1:1] = [f"images/{split}", split, f"{split}2017", f"{split}/PS-RGB_tiled"]
+    return (*(root / folder for folder in folders), annotations.parent)
 
 
 def _kept(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,16 +229,17 @@ def _load(path: Path) -> dict[str, Any]:
         alike = looks_like(data, FIELDS) if isinstance(data, dict) else {}
         said = "".join(f" {name!r} looks like {own!r}: rename it." for name, own in alike.items())
         raise DataError(f"{path} is not COCO JSON. wanted: lists called {', '.join(FIELDS)}.{said}")
-    faults = [
-        DataError(
-            f"{path}, {part}[{i}] can't be read.\n"
-            f"  wanted  {', '.join(names)}, each a whole number or a text\n  found   {str(entry)[:200]}"
-        )
-        for part, names in FIELDS.items()
-        for i, entry in enumerate(data[part])
-        if not isinstance(entry, dict) or not all(_is_id(entry.get(name)) for name in names)
-    ]
-    raise_all(faults)
+    faults = Faults()
+
+    def bad(part: str, names: Sequence[str], i: int, entry: object) -> str:
+        wanted = f"{', '.join(names)}, each a whole number or a text"
+        return f"{path}, {part}[{i}] can't be read.\n  wanted  {wanted}\n  found   {shown(entry)[:200]}"
+
+    for part, names in FIELDS.items():
+        for i, entry in enumerate(data[part]):
+            if not isinstance(entry, dict) or not all(_is_id(entry.get(name)) for name in names):
+                faults.say(partial(bad, part, names, i, entry))
+    faults.raise_all()
     for part, names in FIELDS.items():
         known = (*names, *OPTIONAL[part])
         if looks_like(set().union(*data[part]) - set(known), known):  # rare, so only then each entry is checked
@@ -265,7 +279,7 @@ def _categories(loaded: Sequence[tuple[Path, Mapping[str, Any]]]) -> dict[Id, Ca
         if others != categories:
             raise DataError(
                 f"{path} and {first_path} have different categories:\n"
-                f"  {', '.join(map(str, others.values()))}\n  {', '.join(map(str, categories.values()))}"
+                f"  {listed([*map(str, others.values())], 20)}\n  {listed([*map(str, categories.values())], 20)}"
             )
     return categories
 
@@ -295,8 +309,10 @@ def _once_each(
     Raises DataError where two categories of one name have annotations.
     """
     kept, notes = dict(categories), []
-    for name in dict.fromkeys(c.name for c in categories.values()):
-        own = [number for number, c in categories.items() if c.name == name and not c.background]
+    by_name: dict[str, list[Id]] = defaultdict(list)
+    for number, c in categories.items():
+        by_name[c.name] += [] if c.background else [number]
+    for name, own in by_name.items():
         drawn = [number for number in own if same_id(number) in used]
         if len(drawn) > 1:
             raise DataError(
@@ -377,7 +393,7 @@ def _rle(segmentation: Any, size: Size, where: str) -> Rle | None:
         )
         if not all(inside):
             raise OutOfImageError(f"{where}: the polygon leaves the image of {width}x{height} pixels (width x height).")
-        merged = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))
+        merged = drawn(polygons, size, where)
     else:
         if [to_whole(side, f"{where}, segmentation, size") for side in segmentation["size"]] != [height, width]:
             raise LabelSizeError(
@@ -411,6 +427,8 @@ def _check_compressed(counts: str, pixels: int, where: str) -> None:
         bits = character - 48
         if not 0 <= bits < 64:  # pycocotools would stop at a 0, and misread others
             raise DataError(f"{where}: the RLE holds the byte {character}. The string is damaged.")
+        if shift > LONGEST_RUN:  # a number that grows with each character would take their square in time
+            raise DataError(f"{where}: the RLE holds a run of more pixels than any image. The string is damaged.")
         value |= (bits & 0x1F) << shift
         shift += 5
         if not bits & 0x20:

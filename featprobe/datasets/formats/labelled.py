@@ -10,10 +10,10 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from featprobe.datasets.files import (
-    below,
     files_below,
     files_in,
     folders_in,
@@ -27,10 +27,11 @@ from featprobe.datasets.images.pages import group_of, page_of, pages_of
 from featprobe.datasets.images.reading import SUFFIXES
 from featprobe.datasets.label_sets import label_names, says_good
 from featprobe.datasets.layouts import role_of
+from featprobe.datasets.lookup import Lookup
 from featprobe.datasets.names import is_hidden, visible
 from featprobe.datasets.nearness import linked_folders
 from featprobe.datasets.samples import SPLIT_WORDS, SPLITS, DataSet, Sample, listed, split_of, splits_below
-from featprobe.datasets.values import raise_all
+from featprobe.datasets.values import Faults
 from featprobe.errors import DataError, counted, nearest
 from featprobe.geometry import Size
 from featprobe.io.disk import write_whole
@@ -182,8 +183,10 @@ def read_labels(name: str, root: Path) -> DataSet:
     multi = any(SEVERAL in row["label"] for _, row in rows)
     _check_rows(rows, multi)
     found, gone = [], []
+    look = Lookup(root)
+    places = {table: (table.path.parent, table.path.parent / "images") for table in tables}
     for table, row in rows:
-        image = _image_of(root, table, row)
+        image = look.file(row[table.column], f"{table.path}, row {row['row']}", places[table])
         if image is None:
             gone.append(row[table.column])
             continue
@@ -221,38 +224,40 @@ def _rows(root: Path, table: LabelTable) -> list[dict[str, str]]:
 
 def _check_rows(rows: Sequence[tuple[LabelTable, Mapping[str, str]]], multi: bool) -> None:
     """Raise DataError for all rows that name no image, no label or an unknown split, or an image of another row."""
-    faults = []
+    faults = Faults()
     first: dict[tuple[Path, str], Mapping[str, str]] = {}
     for table, row in rows:
         where, named = f"{table.path}, row {row['row']}", row[table.column].replace("\\", "/").removeprefix("./")
         split = row.get("split", "")
         if not named:
-            faults.append(f"{where}: it names no image.")
+            faults.say(partial("{}: it names no image.".format, where))
         if not row["label"].strip(f"{SEVERAL} ") and not multi:
-            faults.append(
-                f"{where}: {named} has no label. wanted: one, such as good for an image without a defect. Only in a "
-                f"table with several labels for an image (a{SEVERAL}b) an empty one means good."
-            )
+            faults.say(partial(_bare_row, where, named))
         if split and split_of(split) not in SPLITS:
-            faults.append(f"{where}: the split {split!r} is unknown. {nearest(split, SPLITS)}")
+            faults.say(partial(_unknown_split, where, split))
         before = first.setdefault((table.path, named), row)
         if before is not row and named:
-            both = {before["label"], row["label"]}
-            said = f"as {' and as '.join(sorted(both))}: an image in two classes" if len(both) > 1 else "with one label"
-            more = f" If both hold, write one row with {SEVERAL.join(sorted(both))}." if len(both) > 1 else ""
-            faults.append(f"{where}: {named} is there twice, first in row {before['row']}, {said}. Keep one row.{more}")
-    raise_all([DataError(fault) for fault in faults])
+            faults.say(partial(_again, where, named, before, row))
+    faults.raise_all()
 
 
-def _image_of(root: Path, table: LabelTable, row: Mapping[str, str]) -> Path | None:
-    """The image of a row, below the table's folder or its folder images/; None where none is there."""
-    where, text = f"{table.path}, row {row['row']}", row[table.column]
-    base = table.path.parent
-    for folder in (base, base / "images"):
-        path = below(root, text, where, folder)
-        if path.is_file() or page_of(path)[1] is not None:
-            return path
-    return None
+def _bare_row(where: str, named: str) -> str:
+    return (
+        f"{where}: {named} has no label. wanted: one, such as good for an image without a defect. Only in a table "
+        f"with several labels for an image (a{SEVERAL}b) an empty one means good."
+    )
+
+
+def _unknown_split(where: str, split: str) -> str:
+    return f"{where}: the split {split!r} is unknown. {nearest(split, SPLITS)}"
+
+
+def _again(where: str, named: str, before: Mapping[str, str], row: Mapping[str, str]) -> str:
+    """The fault of a second row of an image."""
+    both = {before["label"], row["label"]}
+    said = f"as {' and as '.join(sorted(both))}: an image in two classes" if len(both) > 1 else "with one label"
+    more = f" If both hold, write one row with {SEVERAL.join(sorted(both))}." if len(both) > 1 else ""
+    return f"{where}: {named} is there twice, first in row {before['row']}, {said}. Keep one row.{more}"
 
 
 def _bare(root: Path, tables: Sequence[LabelTable], found: Sequence[Labelled]) -> list[str]:

@@ -1,6 +1,7 @@
 """Reader for labelme: one JSON file per image, polygons and rectangles. Also reads BSData's image_data.json."""
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,6 +135,9 @@ def _read_drawings(
 
     Reading the labels of a damaged file raises the error. Raises DataError where there is no image of its name.
     """
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for image in images:
+        by_stem[image.stem].append(image)
     damaged: set[Path] = set()
     drawings: list[Drawing] = []
     file_of: dict[Path, Path] = {}
@@ -143,7 +147,7 @@ def _read_drawings(
             image = _image_of(drawing, root)
             drawings.append(drawing)
         except DataError:
-            alike = [image for image in images if image.stem == path.stem]
+            alike = by_stem.get(path.stem, [])
             if len(alike) != 1:
                 raise
             image = alike[0]

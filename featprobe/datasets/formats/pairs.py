@@ -133,7 +133,8 @@ def _no_pairs(root: Path, described: Description, pairs: Pairs) -> str:
     to_do = f"  linked  {listed(linked)}: linked folders are not entered\n" if linked else ""
     to_do += "Nothing was read. Correct the pattern: * is any text in a name, ** any folders, {stem} the image's name."
     if not images:
-        found = listed([*free, *(file for file in _files(root, described) if file not in free)]) or "no images"
+        others = dict.fromkeys([*free, *_files(root, described)])
+        found = listed([*others]) or "no images"
         return (
             f"images = {described.images.text!r} fits no file of {root}.\n"
             f"  wanted  images, relative to that folder\n  found   {found}\n{to_do}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from featprobe.datasets.files import below, is_missing, kept_below, read_csv
+from featprobe.datasets.lookup import Lookup
 from featprobe.datasets.objects import check_size, read_binary
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
 from featprobe.errors import DataError
@@ -39,20 +40,24 @@ def read_visa(name: str, root: Path, shots: Sequence[str] = SHOTS) -> DataSet:
     samples: list[Sample] = []
     known: set[str] = set()
     gone: set[str] = set()
+    there: dict[str, bool] = {}
+    look = Lookup(root)
     rows = read_csv(kept_below(table.parent.parent, table), COLUMNS)
     for number, row in enumerate(rows, start=2):
         where = f"{table}, row {number}"
-        if one is None and not below(root, row["object"], where).is_dir():
+        if one is None and row["object"] not in there:
+            there[row["object"]] = below(root, row["object"], where).is_dir()
+        if one is None and not there[row["object"]]:
             gone.add(row["object"])
         elif one in (None, row["object"]):
-            image = _place(root, row["image"], one, where)
+            image = _place(look, row["image"], one, where)
             identity = image.relative_to(root).as_posix()
             if identity in known:
                 raise DataError(f"{where} lists the image {row['image']} again.")
             if (row["label"].lower() == "normal") != (not row["mask"]):
                 raise DataError(f"{where}: wanted a mask for each image that isn't normal, found {list(row.values())}.")
             known.add(identity)
-            mask = str(_place(root, row["mask"], one, where)) if row["mask"] else ""
+            mask = str(_place(look, row["mask"], one, where)) if row["mask"] else ""
             samples.append(Sample(identity, image, identity, row["split"], mask))
     if not samples:
         raise DataError(f"{table} lists no image that belongs to {root}.")
@@ -75,6 +80,6 @@ def _is_object(root: Path) -> bool:
     return (root / "Data" / "Images").is_dir()
 
 
-def _place(root: Path, text: str, one: str | None, where: str) -> Path:
+def _place(look: Lookup, text: str, one: str | None, where: str) -> Path:
     """The path for a name in the table, which begins at the folder of all objects; also where only one is here."""
-    return below(root, text if one is None else text.removeprefix(f"{one}/"), where)
+    return look.path(text if one is None else text.removeprefix(f"{one}/"), where)

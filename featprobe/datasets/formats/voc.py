@@ -5,7 +5,6 @@ hold the same image.
 """
 
 import json
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.parsers import expat
 
 import numpy as np
 
@@ -37,7 +37,7 @@ from featprobe.errors import DataError
 from featprobe.geometry import Size
 from featprobe.targets import IGNORE, Instance, Labels, Target, check_labels
 
-LARGEST, DEEPEST = 1 << 26, 50  # bytes and levels of an XML file
+LARGEST, DEEPEST, MOST_ELEMENTS = 1 << 24, 50, 1 << 20  # bytes, levels and elements of an XML file
 VOC_CLASSES = tuple(
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor".split()
@@ -193,32 +193,48 @@ def counts_from(drawn: Sequence[Drawn]) -> tuple[int, list[str]]:
     return 0, [f"boxes count pixels from 0, and x2, y2 are where they end: {said}{against}"]
 
 
-class _Shallow(ET.TreeBuilder):
-    """Refuses XML that is nested deeper than any annotation: freeing such a tree would take seconds."""
+class _Tree:
+    """Elements and their texts, without attributes, while a text is read.
 
-    depth = 0
+    Refuses XML that is nested deeper than any annotation, or has far more elements: the tree of either takes seconds
+    and much memory. Names of namespaces stay as they are written, since each use of a long one would be a copy of it.
+    """
 
-    def start(self, tag: Any, attrs: Any) -> Any:
-        """A tag begins. Raises ValueError where it is too deep."""
-        self.depth += 1
+    def __init__(self) -> None:
+        self.builder, self.depth, self.count = ET.TreeBuilder(), 0, 0
+
+    def read(self, text: str) -> ET.Element:
+        """The outermost element of an XML text. Raises ValueError, ExpatError."""
+        parser = expat.ParserCreate()
+        parser.buffer_text = True
+        parser.StartDoctypeDeclHandler = self._doctype
+        parser.StartElementHandler, parser.EndElementHandler = self._start, self._end
+        parser.CharacterDataHandler = self.builder.data
+        parser.Parse(text, True)
+        return self.builder.close()
+
+    def _doctype(self, *_: Any) -> None:
+        raise ValueError("it declares a document type or entities, which no annotation needs. It was not read")
+
+    def _start(self, tag: str, _: Any) -> None:
+        self.depth, self.count = self.depth + 1, self.count + 1
         if self.depth > DEEPEST:
             raise ValueError(f"it is nested more than {DEEPEST} deep")
-        return super().start(tag, attrs)
+        if self.count > MOST_ELEMENTS:
+            raise ValueError(f"it has more than {MOST_ELEMENTS} elements")
+        self.builder.start(tag, {})
 
-    def end(self, tag: Any) -> Any:
-        """A tag ends."""
+    def _end(self, tag: str) -> None:
         self.depth -= 1
-        return super().end(tag)
+        self.builder.end(tag)
 
 
 def read_xml(path: Path) -> Drawn:
     """The size and the boxes of a VOC XML file. Raises DataError. Entities are never expanded."""
     text = read_text(path, LARGEST)
-    if re.search(r"<!\s*(DOCTYPE|ENTITY)", text, re.IGNORECASE):
-        raise DataError(f"{path} declares a document type or entities, which no annotation needs. It was not read.")
     try:
-        top = ET.fromstring(text, ET.XMLParser(target=_Shallow()))
-    except (ET.ParseError, ValueError, RecursionError) as error:
+        top = _Tree().read(text)
+    except (expat.ExpatError, ValueError, RecursionError) as error:
         raise DataError(f"{path} can't be read as XML: {error}.") from error
     size = top.find("size")
     stated = None if size is None else _texts(size, ("height", "width"), f"{path}, size")

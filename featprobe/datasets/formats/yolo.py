@@ -1,6 +1,7 @@
 """Reader for YOLO: data.yaml, images/ and labels/ with the same stems, boxes and polygons as shares of the image."""
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -10,9 +11,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from featprobe.datasets.files import below, files_below, kept_below, leads_out, own_table, read_text, start_of
+from featprobe.datasets.files import below, files_below, leads_out, own_table, read_text, start_of
 from featprobe.datasets.images.pages import group_of
 from featprobe.datasets.images.reading import SUFFIXES
+from featprobe.datasets.lookup import Lookup
 from featprobe.datasets.names import visible
 from featprobe.datasets.objects import Tally, box_instance, check_classes, partly, polygon_instance
 from featprobe.datasets.samples import DataSet, Sample, listed, tasks_of
@@ -23,7 +25,7 @@ from featprobe.targets import Instance, Target, semantic_from_instances
 
 SPLIT_KEYS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 KEYS = (*SPLIT_KEYS, "names", "path", "nc", "kpt_shape")
-LARGEST, DEEPEST = 1 << 24, 50  # bytes and levels of a YAML file
+LARGEST, DEEPEST = 1 << 18, 50  # bytes and levels of a YAML file
 EMPTY = ("", "~", "null", "Null", "NULL")  # YAML's words for null
 BOX_WORDS = 5  # class, centre x, centre y, width, height
 ROTATED_WORDS = 9  # class, four corners
@@ -45,9 +47,9 @@ class PlainLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        again = [key for i, key in enumerate(keys) if key in keys[:i]]
-        if again:
-            raise yaml.constructor.ConstructorError(problem=f"{shown(again[0])} is there twice")
+        again = next((key for key, count in Counter(keys).items() if count > 1), None)
+        if again is not None:
+            raise yaml.constructor.ConstructorError(problem=f"{shown(again)} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -77,15 +79,16 @@ def read_yolo(name: str, root: Path) -> DataSet:
     table = own_table(root)
     samples: list[Sample] = []
     label_of: dict[str, Path] = {}  # by the image's id
+    look = Lookup(root)
     for key, split in SPLIT_KEYS.items():
-        for image in _images(root, data, key, path):
+        for image in _images(look, data, key, path):
             own = image.relative_to(root).as_posix()
             identity = f"{split}/{own}" if own in label_of else own
             if identity in label_of:
                 raise DataError(f"{path} lists the image {own} twice in {split}.")
             whole = group_of(own, image)
             row = table.row(own, whole, image.name)
-            label_of[identity] = kept_below(root, _label_path(root, image))
+            label_of[identity] = look.path(_label_path(root, image), image)
             samples.append(Sample(identity, image, row.get("group") or whole, split, str(label_of[identity])))
     if not samples:
         raise DataError(
@@ -178,8 +181,9 @@ def _base(root: Path, data: Mapping[str, Any]) -> Path:
     return root
 
 
-def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[Path]:
+def _images(look: Lookup, data: Mapping[str, Any], key: str, path: Path) -> list[Path]:
     """The images of a split, from one or more folders or lists. Raises DataError."""
+    root = look.root
     base = _base(root, data)
     named = data.get(key) or []
     texts = named if isinstance(named, list) else [named]
@@ -194,7 +198,7 @@ def _images(root: Path, data: Mapping[str, Any], key: str, path: Path) -> list[P
             images.append(place)
         elif place.is_file():
             lines = [line.strip() for line in read_text(place).splitlines() if line.strip()]
-            images += [below(root, line, f"{place}: {line[:80]!r}", base) for line in lines]
+            images += [look.path(line, f"{place}: {line[:80]!r}", base) for line in lines]
         elif key != "test":
             raise DataError(f"{path}: {key} names {text!r}, and there is no {place}.")
     return images
@@ -207,13 +211,13 @@ def _place(root: Path, base: Path, text: str, where: str) -> Path:
     return below(root, inside if plain != inside and (base / inside).is_dir() else plain, where, base)
 
 
-def _label_path(root: Path, image: Path) -> Path:
-    """The label file of an image: in labels/ where the image is in images/, else beside it."""
+def _label_path(root: Path, image: Path) -> str:
+    """The label file of an image, relative to `root`: in labels/ where the image is in images/, else beside it."""
     parts = list(image.relative_to(root).with_suffix(".txt").parts)
     if "images" in parts[:-1]:
         last = len(parts) - 2 - parts[-2::-1].index("images")
         parts[last] = "labels"
-    return root.joinpath(*parts)
+    return "/".join(parts)
 
 
 def _kinds(paths: Iterable[Path], root: Path) -> tuple[bool, list[str]]:
