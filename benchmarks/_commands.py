@@ -8,6 +8,7 @@ path of their set.
 
 import builtins
 import errno
+import gc
 import io
 import json
 import multiprocessing
@@ -41,6 +42,9 @@ CONTEXT.set_forkserver_preload([
 IMAGES, SIDE = 12, 32
 ERRORS = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
 REMOVALS = ("unlink", "remove", "rmdir")
+BYTES = ("write", "pwrite", "pwritev", "sendfile", "copy_file_range", "ftruncate", "posix_fallocate")
+SYNCS = ("fsync", "fdatasync")
+RENAMES = ("replace", "rename", "link")
 SECONDS = 300  # that a command may take
 ARCHIVE = Path(__file__).parents[1] / "tests" / "archives" / "images-8775eda"
 BRIEF = ("--iterations", "2", "--batch-size", "2", "--quiet", "--device", "cpu")
@@ -59,6 +63,13 @@ EXTRACT = ["extract", "--backbone", MODEL, "--random-init", "--data", "set", "--
            "--workers", "1", "--quiet", "--device", "cpu"]  # fmt: skip
 PROBE = ["probe", "--data", "set", "--seeds", "2", "--show", "1", *BRIEF]
 INSPECT = ["inspect", "{head}", "--false-calls", "1", "--out", "tables", "--quiet", "--device", "cpu"]
+SLURM = {
+    "sbatch": 'echo $(($(cat "$0.taken") + 1)) > "$0.taken"; echo Submitted batch job $(cat "$0.taken")',
+    "squeue": 'for i in $(seq $(cat "${0%squeue}sbatch.taken")); do for t in 0 1; do echo ${i}_$t None; done; done',
+    "scontrol": "echo MaxArraySize = 1000",
+    "srun": "exit 1",
+}
+"""Programs of a SLURM that takes every job, each an array of two at most, and runs none."""
 HEAD = "{head}"  # stands for the folder of the first head
 COMMANDS: Mapping[str, tuple[tuple[str, ...], list[str]]] = {
     "extract": ((), EXTRACT),
@@ -71,6 +82,7 @@ COMMANDS: Mapping[str, tuple[tuple[str, ...], list[str]]] = {
     "probe again": (("extract", "probe"), PROBE),
     "finetune": (("extract",), ["finetune", "--data", "set", "--seeds", "1", "--workers", "1", *BRIEF]),
     "study": (("extract",), ["study", "study.toml"]),
+    "study --launcher slurm": (("extract", "slurm"), ["study", "study.toml", "--launcher", "slurm"]),
     "compare": (("extract", "probe"), ["compare", "--quiet"]),
     "inspect": (("extract", "probe"), INSPECT),
     "inspect --rescore": (("extract", "probe"), [*INSPECT, "--rescore"]),
@@ -134,15 +146,19 @@ class _Writes:
         self.log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         self.write = os.write
 
-    def note(self, what: str, target: Any) -> None:
-        """Count a write to a path or a descriptor; raises OSError where it is to fail. A full disk still removes."""
+    def note(self, what: str, target: Any, source: Any = None) -> None:
+        """Count a write to a path or a descriptor; raises OSError where it is to fail. A full disk still removes.
+
+        source: the path that gets the name of the target.
+        """
         handle = isinstance(target, int)
         path = os.readlink(f"/proc/self/fd/{target}") if handle else os.path.abspath(os.fsdecode(target))
         if not path.startswith(self.root):
             return
         with self.lock:
             number, self.count = self.count, self.count + 1
-            self.write(self.log, f"{what} {os.path.relpath(path, self.root)}\n".encode())
+            own = "" if source is None else f"\t{os.path.relpath(os.fsdecode(source), self.root)}"
+            self.write(self.log, f"{what} {os.path.relpath(path, self.root)}{own}\n".encode())
         if number < self.fault.at or self.fault.at < 0:
             return
         if self.fault.kind == "SIGKILL":
@@ -155,15 +171,16 @@ class _Writes:
 
     def watch(self) -> None:
         """Put itself before every call that writes."""
-        for name in ("write", "pwrite", "pwritev", "fsync", "fdatasync", "ftruncate", "posix_fallocate"):
-            self._before(os, name, lambda handle, *_, **__: handle if isinstance(handle, int) else handle.fileno())
-        for name in ("replace", "rename", "link", "symlink"):
-            self._before(os, name, lambda source, target, *_, **__: target)
-        self._before(os, "mkdir", lambda path, *_, **__: path)
+        for name in (*BYTES, *SYNCS):
+            self._before(os, name, lambda handle, *_, **__: (handle if isinstance(handle, int) else handle.fileno(),))
+        for name in RENAMES:
+            self._before(os, name, lambda source, target, *_, **__: (target, source))
+        self._before(os, "symlink", lambda source, target, *_, **__: (target,))
+        self._before(os, "mkdir", lambda path, *_, **__: (path,))
         for name in REMOVALS:
-            self._before(os, name, _removed)
+            self._before(os, name, lambda *words, **named: (_removed(*words, **named),))
         writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-        self._before(os, "open", lambda path, flags, *_, **__: path if flags & writing else "/")
+        self._before(os, "open", lambda path, flags, *_, **__: (path if flags & writing else "/",))
         plain = io.open
 
         def opened(file: Any, mode: str = "r", buffering: int = -1, *more: Any, **named: Any) -> Any:
@@ -180,12 +197,13 @@ class _Writes:
 
         io.open = builtins.open = opened  # type: ignore[assignment]
 
-    def _before(self, owner: Any, name: str, target: Callable[..., Any]) -> None:
+    def _before(self, owner: Any, name: str, noted: Callable[..., tuple[Any, ...]]) -> None:
+        """Note each call of a function first. noted: what `note` gets, by the arguments of the call."""
         plain = getattr(owner, name)
 
         @wraps(plain)
         def call(*words: Any, **named: Any) -> Any:
-            self.note(name, target(*words, **named))
+            self.note(name, *noted(*words, **named))
             return plain(*words, **named)
 
         setattr(owner, name, call)
@@ -212,11 +230,13 @@ class _Raw(io.FileIO):
 
 def _main(root: Path, words: Sequence[str], said: Path, fault: Fault, umask: int) -> None:
     """What a child does: one command, its output in files."""
+    gc.freeze()  # what was imported for all children is not looked through again and again
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     os.chdir(root)
     os.umask(umask)
     os.environ["TMPDIR"] = str(root / "tmp")
+    os.environ["PATH"] = f"{root / 'programs'}:{os.environ['PATH']}"
     from featprobe.cli.main import main
 
     _Writes(root, said / "writes", fault).watch()
@@ -226,32 +246,37 @@ def _main(root: Path, words: Sequence[str], said: Path, fault: Fault, umask: int
 def unsynced(writes: Sequence[str]) -> list[str]:
     """What a loss of power could take of what a command wrote, by its writes in order.
 
-    A file must be on the disk before it gets its name, its name when the command ends, and both before a line is
-    appended to a file of lines, which may name them. Files in the folder of temporary files don't count.
+    A file, and all files of a folder, must be on the disk before it gets its name, its name when the command ends, and
+    both before a line is appended to a file of lines, which may name them. Files in the folder of temporary files,
+    and those that are removed again, don't count.
     """
-    bytes_of, names = set[str](), set[str]()
-    faults = []
+    bytes_of, names, faults = set[str](), set[str](), list[str]()
     for line in writes:
-        what, _, path = line.partition(" ")
+        what, _, paths = line.partition(" ")
+        path, _, source = paths.partition("\t")
         if path.startswith("tmp/"):
             continue
-        if what in ("stream", "write", "pwrite", "pwritev", "ftruncate", "posix_fallocate"):
-            waiting = (bytes_of | names) - {path}
-            faults += [
-                f"{path} gets a line before {other} is on the disk" for other in waiting if path.endswith(".jsonl")
-            ]
+        if what in BYTES or what == "stream":
+            waiting = (bytes_of | names) - {path} if path.endswith(".jsonl") else ()
+            faults += [f"{path} gets a line before {other} is on the disk" for other in sorted(waiting)]
             bytes_of.add(path)
-        elif what in ("fsync", "fdatasync"):
+        elif what in SYNCS:
             bytes_of.discard(path)
             names = {name for name in names if os.path.dirname(name) != ("" if path == "." else path)}
-        elif what in ("replace", "rename", "link", "symlink", "mkdir"):
-            folder, name = os.path.split(path)
-            own = os.path.join(folder, f".{name[:40]}.")  # its temporary file
-            faults += [
-                f"{path} gets its name before its bytes are on the disk" for other in bytes_of if other.startswith(own)
-            ]
-            names.add(path)
-    return faults + [f"{path} is not on the disk at the end" for path in sorted(bytes_of | names)]
+        elif what in REMOVALS:
+            bytes_of, names = ({own for own in waiting if not _lies_at(own, path)} for waiting in (bytes_of, names))
+        elif what in (*RENAMES, "symlink", "mkdir"):
+            named = {own for own in bytes_of | (names - {source}) if source and _lies_at(own, source)}
+            faults += [f"{path} gets its name before {own} is on the disk" for own in sorted(named)]
+            moved = {path + own[len(source) :] for own in named & bytes_of}
+            bytes_of, names = bytes_of - named | moved, names - named - {source} | {path}
+    left = {own for own in bytes_of | names if ".tmp" not in own and not own.endswith(" (deleted)")}
+    return faults + [f"{path} is not on the disk at the end" for path in sorted(left)]
+
+
+def _lies_at(path: str, place: str) -> bool:
+    """Whether a path is a place, or below it."""
+    return path == place or path.startswith(f"{place}/")
 
 
 class Bench:
@@ -264,7 +289,7 @@ class Bench:
         write_set(self.root / "set", IMAGES, (SIDE, SIDE))
         (self.root / "study.toml").write_text(STUDY)
         (self.root / "tmp").mkdir()
-        self.changes = {"damage": self._damage, "change": self._change, "archive": self._archive}
+        self.changes = {"damage": self._damage, "change": self._change, "archive": self._archive, "slurm": self._slurm}
         shutil.copytree(self.root, self.states / "start", symlinks=True)
 
     def before(self, name: str) -> None:
@@ -305,6 +330,15 @@ class Bench:
     def _archive(self) -> None:
         """A workspace of an earlier state, with a cache of an older version."""
         shutil.copytree(ARCHIVE / "cache", self.root / "cache")
+
+    def _slurm(self) -> None:
+        """Programs of SLURM."""
+        (self.root / "programs").mkdir()
+        for name, script in SLURM.items():
+            path = self.root / "programs" / name
+            path.write_text(f"#!/bin/sh\n{script}\n")
+            path.chmod(0o755)
+        (self.root / "programs" / "sbatch.taken").write_text("0\n")
 
     def start(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Any:
         """Start a command in a child."""
@@ -356,6 +390,13 @@ class Bench:
         last = {row["folder"]: (row["seed"], row["val"], row["test"]) for row in rows}
         return sorted(last.items())
 
+    def jobs(self) -> list[Any]:
+        """What has been handed over to SLURM, in order of its keys, and whether the jobs find it."""
+        path = self.root / "jobs" / "jobs.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        last = {row["what"]: path.with_name(f"{row['job']}_submitted.pkl").is_file() for row in rows}
+        return sorted(last.items())
+
     def features(self, *, damaged: bool = False) -> list[bytes]:
         """The rows of every cache, with their states. damaged: allow damaged rows, which are named as such."""
         from featprobe.cache import WHOLE, Cache, read_contents
@@ -389,9 +430,10 @@ class Bench:
         return found
 
     def result(self) -> tuple[Any, ...]:
-        """What a command has made, less what differs from run to run: names of files, scores, features.
+        """What a command has made, less what differs from run to run: names of files, scores, jobs, features.
 
-        Without the picture sheets of heads, which a study draws once, after the row.
+        Without the picture sheets of heads, which a study draws once, after the row, and what submitit writes.
         """
-        files = sorted(name for name in self.files() if not name.endswith("/sheet.png"))
-        return files, self.scores(), self.features(damaged=True)
+        spared = [name for name in self.files() if name.endswith("/sheet.png") or name.startswith("jobs/")]
+        files = sorted(self.files().keys() - spared)
+        return files, self.scores(), self.jobs(), self.features(damaged=True)

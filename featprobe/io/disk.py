@@ -224,6 +224,16 @@ def sync_folder(folder: Path) -> None:
     _sync_path(folder)
 
 
+def sync_files(paths: Iterable[Path]) -> None:
+    """Bring files that other packages wrote, and their names, to the disk. Raises OSError."""
+    folders = dict[Path, None]()
+    for path in paths:
+        _sync_path(path)
+        folders[path.parent] = None
+    for folder in folders:
+        sync_folder(folder)
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove from a folder the temporary files of dead processes of this host. name: only those for this file."""
     begin = r"\..*" if name is None else re.escape(f".{name}")
@@ -280,12 +290,14 @@ def _put(written: list[tuple[Path, Path]]) -> None:
 
 
 def _sync_or_undo(path: Path, temporary: Path) -> None:
-    """Bring the new name of a folder to the disk, or give it its temporary name again. Raises OSError."""
+    """Bring the new name of a folder to the disk. Where that fails it has that name no more. Raises OSError."""
     try:
         sync_folder(path.parent)
     except OSError:
-        with suppress(OSError):
+        try:
             path.rename(temporary)
+        except OSError:  # a full disk may refuse names too, but it removes
+            shutil.rmtree(path, ignore_errors=True)
         raise
 
 

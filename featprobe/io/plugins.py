@@ -61,11 +61,19 @@ def _installed() -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
+@lru_cache(1)
+def _all_points(installed: tuple[tuple[str, int], ...]) -> Any:  # its type depends on Python's version
+    """The entry points of all groups: each look reads a file of every package."""
+    return entry_points()
+
+
 @lru_cache(16)
 def _points(group: str, installed: tuple[tuple[str, int], ...]) -> tuple[EntryPoint, ...]:
     """The entry points of a group, looked for once as long as no package comes or goes.
 
     A package that is seen twice, as by two paths to its folder, counts once.
     """
-    found = {(point.name, point.value, package_of(point)): point for point in entry_points(group=group)}
+    found = {
+        (point.name, point.value, package_of(point)): point for point in _all_points(installed).select(group=group)
+    }
     return tuple(found.values())

@@ -104,6 +104,8 @@ def test_the_names_that_timm_s_files_hold_are_timm_s_own() -> None:
     read, asked = timm_names._read(), timm_names.timm_names()
     assert read is not None, "this timm is written in another way: a misspelt backbone costs seconds"
     assert (read.models, read.former) == (asked.models, asked.former)
+    assert asked.models == set(timm.list_models())
+    assert asked.weights == {name for name in timm.list_models(include_tags=True) if "." in name}
     assert not [name for name in asked if name not in read], "no name of timm is refused"
     assert not read.weights - asked.weights
     assert all(timm.is_model(name) for name in read.former)

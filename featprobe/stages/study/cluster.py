@@ -20,7 +20,7 @@ from typing import Any
 
 from featprobe.cache import Cache, open_cache
 from featprobe.errors import FeatprobeError, FileKindError, UsageError, counted
-from featprobe.io.disk import below, open_regular, read_json, write_whole
+from featprobe.io.disk import below, open_regular, read_json, sync_files, write_whole
 from featprobe.io.texts import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
@@ -183,7 +183,8 @@ def submit_study(
     running = {place: latest[keys[place]] for place in groups if latest.get(keys[place]) in queue}
     missing = [place for place in groups if place not in running]
     made = dict[Place, str]()
-    for place, job in zip(missing, _submit(executor, [Extraction(root, place) for place in missing]), strict=True):
+    tasks = [Extraction(root, place) for place in missing]
+    for place, job in zip(missing, _submit(executor, root / JOBS, tasks), strict=True):
         append_row(root / JOBS / "jobs.jsonl", {"what": keys[place], "job": job, "text": str(place)})
         made[place] = job
     extractions = running | made
@@ -215,7 +216,7 @@ def _hand_over(
     jobs = []
     for waited, array in arrays.items():
         executor.update_parameters(dependency=f"afterany:{waited}")
-        for task, job in zip(array, _submit(executor, array), strict=True):
+        for task, job in zip(array, _submit(executor, root / JOBS, array), strict=True):
             append_row(root / JOBS / "jobs.jsonl", {"what": key(task.cell), "job": job, "text": str(task.cell)})
             jobs.append((task.cell, job))
     return jobs
@@ -280,10 +281,11 @@ def _executor(folder: Path, slurm: Mapping[str, Any]) -> Any:
     return executor
 
 
-def _submit(executor: Any, tasks: Sequence[Any]) -> Iterator[str]:
+def _submit(executor: Any, folder: Path, tasks: Sequence[Any]) -> Iterator[str]:
     """The jobs of tasks, which go over as one array, or as several where SLURM takes no longer ones.
 
-    The jobs of an array come before the next one goes over, so that they can be noted.
+    The jobs of an array come before the next one goes over, so that they can be noted. What jobs read, which submitit
+    writes into the folder, is on the disk then, where the disk does not refuse: SLURM has them either way.
     """
     if not tasks:
         return
@@ -300,6 +302,8 @@ def _submit(executor: Any, tasks: Sequence[Any]) -> Iterator[str]:
                 "What it took before is in the queue (squeue). Correct what it names, as --slurm partition=NAME, and "
                 "run the same command again: nothing is handed over twice."
             ) from error
+        with suppress(OSError):
+            sync_files(folder / f"{job.job_id}_submitted.pkl" for job in jobs)
         yield from (job.job_id for job in jobs)
 
 
