@@ -76,3 +76,39 @@ def test_the_benchmark_of_graphs_takes_images_of_the_commonest_sizes(tmp_path: P
             Image.fromarray(np.zeros(size, dtype=np.uint8)).save(tmp_path / "set" / folder / f"{number}.png")
     found = chosen(Workspace(tmp_path), str(tmp_path / "set"), 4)
     assert [(size, [path.stem for path in own]) for size, own in found] == [((9, 8), ["1", "2", "3"]), ((7, 8), ["4"])]
+
+
+def test_the_judge_of_disk_errors_sees_what_is_half_written_and_what_is_gone(tmp_path: Path) -> None:
+    from disk_errors import Bench, Fault, Ran, faults_of, half_written
+
+    changed = {"new": 100, "old": 100, "gone": 0}
+    assert half_written({"old": b"a" * 50}, {"new": b"a" * 90, "old": b"a" * 50}, changed) == []
+    assert half_written({"old": b"a" * 50}, {"new": b"a" * 40, "old": b"b" * 50}, changed) == ["new", "old"]
+
+    class Losing(Bench):
+        seen = [{b"row 1", b"row 2", b"removed"}, {b"row 1"}]  # noqa: RUF012
+
+        def __init__(self) -> None:
+            pass
+
+        def before(self, name: str) -> None:
+            pass
+
+        def run(self, name: str, fault: Fault = Fault(), umask: int = 0o022) -> Ran:  # noqa: B008
+            return Ran(1, "", "featprobe: the disk is full", ("write a",))
+
+        def rows(self) -> set[bytes]:
+            return self.seen.pop(0)
+
+        def files(self) -> dict[str, bytes]:
+            return {}
+
+        def scores(self) -> list[object]:
+            return []
+
+        def leftovers(self) -> list[str]:
+            return []
+
+    whole = ([], [], [b"row 1", b"row 2", b"row 3"])
+    found = faults_of(Losing(), "extract", Fault(0, "EIO"), whole, {})
+    assert "1 rows of features are gone" in found
