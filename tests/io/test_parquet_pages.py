@@ -65,7 +65,7 @@ def test_what_is_no_table_is_refused(data: bytes) -> None:
 )
 def test_what_a_reader_would_take_for_something_else_is_refused(fields: dict[float, object]) -> None:
     data = encoded(STRUCT, fields)
-    with pytest.raises(ValueError, match="twice or of another type|other lists"):
+    with pytest.raises(ValueError, match=r"twice or of another type|other lists"):
         Reader(data, 0, len(data), PAGE, LISTS).struct()
 
 
