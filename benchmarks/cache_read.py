@@ -32,7 +32,8 @@ from linear_head import random_labels
 from numpy.typing import NDArray
 
 from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
-from featprobe.cache.reader import RING, FeatureLoader, RowReader
+from featprobe.cache.reader import RING, FeatureLoader
+from featprobe.cache.row_reader import RowReader
 from featprobe.features import Features, cell_shares, pool
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe

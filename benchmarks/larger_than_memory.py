@@ -93,7 +93,8 @@ def limit_memory(more: int) -> None:
 def measure(path: Path, options: argparse.Namespace) -> dict[str, object]:
     """What a process finds that may not hold the cache in memory; raises RuntimeError where it could."""
     from featprobe.cache import open_cache
-    from featprobe.cache.reader import READERS, FeatureLoader, choose_mode
+    from featprobe.cache.reader import READERS, FeatureLoader
+    from featprobe.cache.row_reader import choose_mode
     from featprobe.machine import available_memory
 
     limit_memory(options.memory * 2**20)

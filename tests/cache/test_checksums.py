@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from old_caches import write_old
 
 from featprobe.cache import Cache, CacheWriter, store
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError
 from featprobe.kinds import KINDS

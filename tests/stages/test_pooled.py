@@ -42,7 +42,8 @@ from featprobe.backbones import backbone as backbones
 from featprobe.cache import Cache, CacheWriter, open_cache, verify
 from featprobe.cache import pooled_file as keeping
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
-from featprobe.cache.reader import FeatureLoader, RowReader
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
 from featprobe.kinds import KINDS, TrainRecipe, kind_of
