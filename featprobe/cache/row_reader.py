@@ -8,6 +8,7 @@ refuses it. No worker processes: they would copy every byte through a pipe.
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from featprobe.cache.held_file import unreadable, was_closed
 from featprobe.cache.layout import ALIGNMENT, Extent, level_tables
+from featprobe.cache.level_array import map_rows
 from featprobe.cache.quantised import TABLE_DTYPE, decode_parts
 from featprobe.cache.store import Cache
 from featprobe.errors import CacheError
@@ -72,6 +75,7 @@ class RowReader:
         self.levels = tuple(levels) or cache.levels
         self.mode: Mode = mode or choose_mode(cache, self.levels)
         self.handle = _open_direct(cache) if self.mode == "direct" else os.dup(cache.handle)
+        self._open = weakref.finalize(self, os.close, self.handle)  # also where what follows fails
         self._tables = {level.name: level_tables(cache.recipe, level) for level in self.levels}
         extents = {t.key: cache.contents.extents[t.name] for tables in self._tables.values() for t in tables}
         self._end = max(extent.offset + extent.row_bytes * extent.rows for extent in extents.values())
@@ -97,10 +101,11 @@ class RowReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; a second time it does nothing."""
         if self._pool is not None:
             self._pool.shutdown()
-        os.close(self.handle)
+        self._open()
+        self.handle = -1  # the number may soon be another file's
 
     def buffers(self, level: FeatureLevel) -> dict[str, Buffer]:
         """Buffers of a level: features under its name, and scales under SCALES + name where codes are not decoded."""
@@ -115,8 +120,10 @@ class RowReader:
     def read(self, rows: NDArray[np.intp], out: Mapping[str, NDArray[np.uint8]]) -> None:
         """Copy rows, in the order given, into `out`: name of a buffer -> (rows, row bytes), uint8.
 
-        Raises CacheError for a damaged row, and for a file that was cut short.
+        Raises CacheError for a damaged row, for a file that was cut short, and for a reader that was closed.
         """
+        if self.handle < 0:
+            raise was_closed(self.cache.path)
         if self._pool is None:
             for level in self.levels:
                 self._read_level(level, rows, [out[name] for name in self.buffers(level)])
@@ -184,9 +191,7 @@ class RowReader:
             raise CacheError(f"{self.cache.path} ends at byte {length}, before byte {self._end}. Was it cut short?")
 
     def _map(self, extent: Extent) -> NDArray[np.uint8]:
-        shape = (extent.rows, extent.row_bytes)
-        with open(self.handle, "rb", closefd=False) as stream:
-            return np.memmap(stream, dtype=np.uint8, mode="r", offset=extent.offset, shape=shape)
+        return map_rows(self.cache.path, self.handle, extent, "u1", (extent.rows, extent.row_bytes))
 
     def _taking(self, mapped: NDArray[np.uint8]) -> ReadRows:
         def read(rows: NDArray[np.intp], out: NDArray[np.uint8]) -> None:
@@ -234,10 +239,7 @@ class RowReader:
         try:
             count = os.preadv(self.handle, buffers, offset)
         except OSError as error:
-            raise CacheError(
-                f"{self.cache.path} can't be read at byte {offset}: {error.strerror}. Nothing was changed.\n"
-                f"If the disk is failing, make the file anew on another:  {self.cache.contents.command}"
-            ) from error
+            raise unreadable(self.cache.path, offset, error, self.cache.contents.command) from error
         if count == 0:
             raise CacheError(f"{self.cache.path} ended while it was read, at byte {offset}. Was it cut short?")
         return count
