@@ -37,7 +37,7 @@ class SplitChoice:
         >>> SplitChoice.parse("splits/mine.csv#1a2b3c4d").file
         'splits/mine.csv'
         """
-        found = re.fullmatch(r"(.+?)(?::(\d+)(?:/(\d+))?)?", text, re.DOTALL)
+        found = re.fullmatch(r"(.+?)(?::(\d{1,4})(?:/(\d{1,4}))?)?", text, re.DOTALL)
         by, folds, fold = (found[1], int(found[2] or 0), int(found[3] or 0)) if found else (text, 0, 0)
         choice = cls(by, folds, fold)
         if fold > folds >= 2:
