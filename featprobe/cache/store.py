@@ -282,33 +282,33 @@ class Cache:
         """
         if self.checked(rows, level):
             return
-        column = self._columns[level.name]
+        column, hashed = self._columns[level.name], _hashed(self)
         for row, *parts in zip(rows.tolist(), *stored, strict=True):
-            if not self._hashed[row, column]:
+            if not hashed[row, column]:
                 _compare(self, row, column, checksum(parts))
-                self._hashed[row, column] = True
+                hashed[row, column] = True
 
     def checked(self, rows: NDArray[np.intp], level: FeatureLevel) -> bool:
         """Whether this process has checked all of these rows of a level."""
-        return bool(self._hashed[rows, self._columns[level.name]].all())
+        return bool(_hashed(self)[rows, self._columns[level.name]].all())
 
-    @property
-    def _hashed(self) -> NDArray[np.bool_]:
-        """Which rows and levels this process has hashed: one array for all Cache objects of the same file.
 
-        Raises CacheError where the file was closed.
-        """
-        file = self.contents.file
-        known = file.hashed
-        if known is not None:
-            return known
-        shape, status = (len(self), len(self.levels)), file.status
-        with _one_at_a_time:
-            if file.handle < 0:
-                raise was_closed(self.path)
-            of = status.st_dev, status.st_ino, self.contents.identity_sha256, shape
-            file.hashed = found = _files.setdefault(of, np.zeros(shape, dtype=np.bool_))
-            return found
+def _hashed(cache: Cache) -> NDArray[np.bool_]:
+    """Which rows and levels this process has hashed: one array for all Cache objects of the same file.
+
+    Raises CacheError where the file was closed.
+    """
+    file = cache.contents.file
+    known = file.hashed
+    if known is not None:
+        return known
+    shape, status = (len(cache), len(cache.levels)), file.status
+    with _one_at_a_time:
+        if file.handle < 0:
+            raise was_closed(cache.path)
+        of = status.st_dev, status.st_ino, cache.contents.identity_sha256, shape
+        file.hashed = found = _files.setdefault(of, np.zeros(shape, dtype=np.bool_))
+        return found
 
 
 def _level_of(cache: Cache, level: str | FeatureLevel) -> FeatureLevel:
