@@ -18,7 +18,7 @@ from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.catalog import find_backbone
 from featprobe.backbones.precision import computing
 from featprobe.cache import open_cache
-from featprobe.cache.reader import RowReader
+from featprobe.cache.row_reader import RowReader
 
 
 def picture(job: tuple[Path, int, int]) -> None:

@@ -31,8 +31,9 @@ from _bench import Timings, interleave, positive, quartile_text, report, timed
 from linear_head import random_labels
 from numpy.typing import NDArray
 
-from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache
-from featprobe.cache.reader import RING, FeatureLoader, RowReader
+from featprobe.cache import Cache, CacheWriter, Row, create_file, open_cache, store
+from featprobe.cache.reader import RING, FeatureLoader
+from featprobe.cache.row_reader import RowReader
 from featprobe.features import Features, cell_shares, pool
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe
@@ -231,13 +232,13 @@ def first_pass_arm(reader: RowReader, batch_size: int, count: int, out: Maps) ->
     rng = np.random.default_rng(7)
 
     def arm() -> float:
-        reader.cache._hashed.fill(False)
+        store._hashed(reader.cache).fill(False)
         rows = rng.permutation(len(reader.cache))
         begun = time.perf_counter()
         for start in range(0, count * batch_size, batch_size):
             reader.read(rows[start : start + batch_size], out)
         seconds = time.perf_counter() - begun
-        reader.cache._hashed.fill(True)  # for the other arms
+        store._hashed(reader.cache).fill(True)  # for the other arms
         return seconds
 
     return arm
@@ -255,7 +256,7 @@ def epoch_arm(cache: Cache, batch_size: int, *, verify: bool) -> Callable[[], fl
         def loss(features: Features, rows: Rows) -> torch.Tensor:
             return level_loss(head(features), shares[torch.from_numpy(rows)])[None]
 
-        cache._hashed.fill(False)
+        store._hashed(cache).fill(False)
         begun = time.perf_counter()
         with FeatureLoader(cache, mode="memmap", verify=verify) as loader:
             train([head], [recipe], lambda orders, first: loader.batches(orders), np.arange(len(cache)), loss, 0,

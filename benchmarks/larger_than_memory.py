@@ -92,8 +92,9 @@ def limit_memory(more: int) -> None:
 
 def measure(path: Path, options: argparse.Namespace) -> dict[str, object]:
     """What a process finds that may not hold the cache in memory; raises RuntimeError where it could."""
-    from featprobe.cache import open_cache
-    from featprobe.cache.reader import READERS, FeatureLoader, choose_mode
+    from featprobe.cache import open_cache, store
+    from featprobe.cache.reader import READERS, FeatureLoader
+    from featprobe.cache.row_reader import choose_mode
     from featprobe.machine import available_memory
 
     limit_memory(options.memory * 2**20)
@@ -125,7 +126,7 @@ def measure(path: Path, options: argparse.Namespace) -> dict[str, object]:
 
     def loader_arm(*, first: bool) -> Callable[[], float]:
         def arm() -> float:
-            cache._hashed.fill(not first)
+            store._hashed(cache).fill(not first)
             rows = orders.permutation(len(cache))[: options.rows]
             begun = time.perf_counter()
             for _ in loader.batches(rows[i : i + options.batch_size] for i in range(0, len(rows), options.batch_size)):

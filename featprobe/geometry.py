@@ -178,7 +178,7 @@ def parse_size(text: str) -> Size:
     >>> parse_size("256x640")
     (256, 640)
     """
-    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", text.strip())
     if not found or 0 in map(int, found.groups()):
         raise DataError(f"{text!r} is not a size. wanted: HxW in pixels, as 256x640 (height x width).")
     return int(found[1]), int(found[2])

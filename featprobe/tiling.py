@@ -108,7 +108,7 @@ def parse_views(text: str) -> tuple[str, ...]:
     views = tuple(part.strip() for part in text.split(",") if part.strip())
     if views == ("none",):
         return ()
-    wrong = [view for view in views if view not in TURNS and not re.fullmatch(r"crop:[1-9]\d*", view)]
+    wrong = [view for view in views if view not in TURNS and not re.fullmatch(r"crop:[1-9]\d{0,3}", view)]
     kinds = [view.split(":")[0] for view in views]
     if wrong or not views or len(set(kinds)) < len(kinds):
         guesses = [nearest(view, [*TURNS, "crop:N", "none"]).partition("Known:")[0].strip() for view in wrong]

@@ -54,7 +54,12 @@ def varint(value: int) -> bytes:
 
 
 def encoded(kind: int, value: Any) -> bytes:
-    """A value: an int, bytes, a list as (type, values), or a struct as {number: (type, value)}."""
+    """A value: an int, bytes, a list as (type, values), or a struct as {number: (type, value)}.
+
+    A number is a float, as 3.5, for a field that is there a second time.
+    """
+    if kind == BYTE:
+        return bytes([value])
     if kind in (I32, I64):
         return varint((value << 1) ^ (value >> 63))
     if kind == BINARY:
@@ -66,11 +71,10 @@ def encoded(kind: int, value: Any) -> bytes:
     out, last = b"", 0
     for number in sorted(value):
         inner, own = value[number]
-        step, last = number - last, number
-        if inner == BOOL:
-            out += bytes([step << 4 | (1 if own else 2)])
-        else:
-            out += bytes([step << 4 | inner]) + encoded(inner, own)
+        step, last = int(number) - last, int(number)
+        kind = inner if inner != BOOL else 1 if own else 2
+        out += bytes([step << 4 | kind]) if 0 < step < 16 else bytes([kind]) + encoded(I32, last)
+        out += b"" if inner == BOOL else encoded(inner, own)
     return out + b"\0"
 
 
@@ -87,21 +91,22 @@ def i64(value: int) -> tuple[int, int]:
 
 @dataclass
 class Page:
-    """A page. claimed: bytes that its header says it unpacks to, if others than `body` has."""
+    """A page. claimed: bytes that its header says it unpacks to, if others than `body` has. more: of its header."""
 
     body: bytes
     values: int
     encoding: int = PLAIN
     dictionary: bool = False
     claimed: int = -1
+    more: Mapping[float, Any] = field(default_factory=dict)
 
     def bytes(self, codec: str = "zstd") -> bytes:
         packed = pa.compress(self.body, codec, asbytes=True) if self.body else b""
         said = {1: i32(self.values), 2: i32(self.encoding)}
-        own: dict[int, Any] = {1: i32(2 if self.dictionary else 0)}
+        own: dict[float, Any] = {1: i32(2 if self.dictionary else 0)}
         own |= {2: i32(len(self.body) if self.claimed < 0 else self.claimed), 3: i32(len(packed))}
         own |= {7: (STRUCT, said)} if self.dictionary else {5: (STRUCT, said | {3: i32(RLE), 4: i32(RLE)})}
-        return encoded(STRUCT, own) + packed
+        return encoded(STRUCT, {**own, **self.more}) + packed
 
 
 @dataclass
@@ -116,7 +121,7 @@ class Table:
     spoilt: Mapping[str, list[Page]] = field(default_factory=dict)
     shared: bool = False
     codec: tuple[int, str] = (ZSTD, "zstd")
-    chunk: Mapping[int, Any] = field(default_factory=dict)
+    chunk: Mapping[float, Any] = field(default_factory=dict)
     schema: list[dict[int, Any]] | None = None
     about: bytes = ABOUT
     listed: int = -1
@@ -162,7 +167,7 @@ def _chunk(out: bytearray, table: Table, name: str, rows: int) -> dict[int, Any]
     out += b"".join(written)
     path = [b"finds", b"list", b"element"] if kind == "ints" else [name.encode()]
     values = table.listed if kind == "ints" and table.listed >= 0 else rows
-    own: dict[int, Any] = {
+    own: dict[float, Any] = {
         1: i32(TYPE[kind]), 2: (LIST, (I32, sorted({RLE, *(page.encoding for page in pages)}))),
         3: (LIST, (BINARY, path)), 4: i32(table.codec[0]), 5: i64(values),
         6: i64(sum(len(page.body) for page in pages)), 7: i64(len(out) - start), 9: i64(start),
@@ -201,6 +206,11 @@ def _listed(count: int) -> list[Page]:
     return [Page(struct.pack("<I", len(repeated)) + repeated + present(count, 3) + bytes(4 * count), count)]
 
 
+def _one(more: Mapping[float, Any], unpacked: int = 1 << 29) -> Table:
+    """One empty text in a page of many bytes, whose header first claims few, and then says more."""
+    return Table([1], {"record": [Page((present(1) + bytes(4)).ljust(unpacked, b"\0"), 1, claimed=16, more=more)]})
+
+
 def _deep() -> Table:
     level = {4: (BINARY, b"a"), 5: i32(1)}
     return Table([1], schema=[*schema()[:-1], *[level] * 20_000, {1: i32(1), 4: (BINARY, b"a")}])
@@ -222,6 +232,10 @@ HOSTILE: Mapping[str, Callable[[], Table]] = {
     "differences of no width": lambda: Table(
         [MANY], {"number": [Page(present(MANY) + b"\x80\1\4" + varint(MANY) + b"\0" * 20_000, MANY, DELTA)]}
     ),
+    "a page that claims half a gigabyte the second time": lambda: _one({2.5: i32(1 << 29)}, 16),
+    "a page that claims it by a number that overflows": lambda: _one({2 + (1 << 16): i32(1 << 29)}),
+    "a page whose size is of another type": lambda: _one({2: i64(1 << 29)}, 16),
+    "a list of another type than its reader takes it for": lambda: Table([1], chunk={2: (LIST, (BYTE, [0x95] * 20))}),
     "gzip": lambda: Table([1], {"file": [Page(present(1) + bytes(1 << 28), 1)]}, codec=(GZIP, "gzip")),
     "columns before the file": lambda: Table([1], chunk={9: i64(-(1 << 40))}),
     "columns behind the file": lambda: Table([1], chunk={7: i64(1 << 40)}),

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from featprobe.cache import WHOLE, legacy, open_cache, read_contents, verify
-from featprobe.cache.reader import RowReader
+from featprobe.cache.row_reader import RowReader
 from featprobe.errors import FeatprobeError
 from featprobe.stages.upkeep.caches import describe_cache, upgrade_cache
 

@@ -1,5 +1,6 @@
 """The known backbones: those with short names, every model of timm, and those of other packages."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,7 +48,7 @@ def find_backbone(name: str) -> BackboneSpec:
 
 def check_weights(path: Path) -> None:
     """Raise BackboneError where there is no file of weights."""
-    if not path.exists():
+    if not os.path.exists(path):  # which is False for a name that no system takes
         raise BackboneError(f"There is no weights file {path}.")
 
 

@@ -7,6 +7,9 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from featprobe.cache.header import Entry
 from featprobe.errors import CacheError, FileKindError
 from featprobe.io.disk import open_regular
@@ -15,7 +18,11 @@ PIECE = 1 << 22  # bytes that are hashed at once
 
 
 class HeldFile:
-    """A regular file that stays open as long as this object lives, also when another file takes its name."""
+    """A regular file that stays open as long as this object lives, also when another file takes its name.
+
+    hashed: (rows, levels), those of a cache that this process has hashed; None where nobody has asked, and once the
+    file is closed, since its number may then be another's.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CacheError where there is no such file, or it can't be read."""
@@ -28,19 +35,24 @@ class HeldFile:
             raise CacheError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
         self._open = weakref.finalize(self, os.close, self.handle)
         self.status = os.fstat(self.handle)
+        self.hashed: NDArray[np.bool_] | None = None
 
     def close(self) -> None:
         """Close the file now, for all that read it."""
         self._open()
         self.handle = -1  # the number may soon be another file's
+        self.hashed = None
 
     def read(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset` on. Raises CacheError where the file ends earlier, and where it was closed."""
+        """`count` bytes from `offset` on.
+
+        Raises CacheError where the file ends earlier, where it was closed, and UnreadableError where the disk refuses.
+        """
         if self.handle < 0:
-            raise CacheError(f"{self.path} was closed. Open it again:  open_cache(path)")
-        data = os.pread(self.handle, count, offset)
+            raise was_closed(self.path)
+        data = self._some(count, offset)
         while len(data) < count:
-            more = os.pread(self.handle, count - len(data), offset + len(data))
+            more = self._some(count - len(data), offset + len(data))
             if not more:
                 end = offset + len(data)
                 raise CacheError(
@@ -48,6 +60,12 @@ class HeldFile:
                 )
             data += more
         return data
+
+    def _some(self, count: int, offset: int) -> bytes:
+        try:
+            return os.pread(self.handle, count, offset)
+        except OSError as error:
+            raise unreadable(self.path, offset, error) from error
 
 
 @dataclass(frozen=True)
@@ -70,6 +88,23 @@ class Span:
         for start in range(0, len(self), PIECE):
             running.update(self[start : start + PIECE])
         return running.hexdigest()
+
+
+class UnreadableError(CacheError):
+    """The disk does not give bytes of a cache."""
+
+
+def unreadable(path: Path, offset: int, error: OSError, mending: str = "featprobe extract …") -> UnreadableError:
+    """The error that a disk refuses to give the bytes at an offset. mending: the command that makes the file."""
+    return UnreadableError(
+        f"{path} can't be read at byte {offset}: {error.strerror}. Nothing was changed.\n"
+        f"If the disk is failing, make the file anew on another:  {mending}"
+    )
+
+
+def was_closed(path: Path) -> CacheError:
+    """The error that a file is used which was closed."""
+    return CacheError(f"{path} was closed. Open it again:  open_cache(path)")
 
 
 def removal(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,7 +56,10 @@ def level_array(cache: Source, level: FeatureLevel, rows: NDArray[np.intp], *, b
     dtype = np.dtype(np.float32 if wide else np.float16 if decode else tables[0].dtype)
     shape = (len(rows), *tables[0].shape)
     _check_room(cache, level, shape, dtype)
-    copied = np.empty(shape, dtype)
+    try:
+        copied = np.empty(shape, dtype)
+    except MemoryError as error:
+        raise _too_large(cache, level, shape, dtype) from error
     for i, part in enumerate(parts):
         _check_length(cache, tables)
         kept = [own[part] for own in stored]
@@ -78,9 +83,23 @@ def _mapped(cache: Source, table: Table) -> NDArray[Any]:
     """The rows of a table, mapped so that nothing that is written there reaches the file."""
     _check_length(cache, [table])
     extent = cache.extents[table.name]
-    with open(cache.handle, "rb", closefd=False) as stream:
-        shape = (extent.rows, *table.shape)
-        return np.memmap(stream, table.dtype, "c", extent.offset, shape).view(np.ndarray)
+    return map_rows(cache.path, cache.handle, extent, table.dtype, (extent.rows, *table.shape), private=True)
+
+
+def map_rows(
+    path: Path, handle: int, extent: Extent, dtype: str, shape: tuple[int, ...], *, private: bool = False
+) -> NDArray[Any]:
+    """A table of an open file as an array that is mapped. private: what is written to it stays in this process; else it
+    can't be written to. Raises CacheError where the system has no room for it, and where the file was cut short."""
+    try:
+        with open(handle, "rb", closefd=False) as stream:
+            return np.memmap(stream, dtype, "c" if private else "r", extent.offset, shape).view(np.ndarray)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise CacheError(
+            f"{path} can't be mapped into memory: {why}. Nothing was changed.\n"
+            "Allow the process more memory (ulimit -v), or make sure that nothing cuts the file."
+        ) from error
 
 
 def _check_length(cache: Source, tables: Sequence[Table]) -> None:
@@ -93,11 +112,15 @@ def _check_length(cache: Source, tables: Sequence[Table]) -> None:
 
 
 def _check_room(cache: Source, level: FeatureLevel, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    wanted, free = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, available_memory()
-    if wanted > MEMORY_SHARE * free:
-        raise CacheError(
-            f"{cache.path}: {level.name} of {shape[0]} rows does not fit the memory. Nothing was read.\n"
-            f"  wanted  {wanted} bytes ({human_bytes(wanted)})\n"
-            f"  found   {human_bytes(free)} free, of which {MEMORY_SHARE:.0%} may be taken\n"
-            "Take fewer rows (rows=…), or read them as they are needed:  cache.torch_dataset()"
-        )
+    if prod(shape) * dtype.itemsize > MEMORY_SHARE * available_memory():
+        raise _too_large(cache, level, shape, dtype)
+
+
+def _too_large(cache: Source, level: FeatureLevel, shape: tuple[int, ...], dtype: np.dtype[Any]) -> CacheError:
+    wanted = prod(shape) * dtype.itemsize
+    return CacheError(
+        f"{cache.path}: {level.name} of {shape[0]} rows does not fit the memory. Nothing was read.\n"
+        f"  wanted  {wanted} bytes ({human_bytes(wanted)})\n"
+        f"  found   {human_bytes(available_memory())} free, of which {MEMORY_SHARE:.0%} may be taken\n"
+        "Take fewer rows (rows=…), or read them as they are needed:  cache.torch_dataset()"
+    )

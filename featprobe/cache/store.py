@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.cache.contents import Contents, read_contents
+from featprobe.cache.held_file import UnreadableError, was_closed
 from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, Extent, level_tables
 from featprobe.cache.level_array import decoded, level_array
 from featprobe.cache.rows import Row, checksum
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
     from featprobe.cache.torch_rows import CachedRows, TargetKind
 
-_files: WeakValueDictionary[tuple[int, int], NDArray[np.bool_]] = WeakValueDictionary()
-"""Which rows and levels this process has hashed, (rows, levels), per open file, by device and inode."""
+_files: WeakValueDictionary[tuple[Any, ...], NDArray[np.bool_]] = WeakValueDictionary()
+"""Which rows and levels this process has hashed, (rows, levels), per open file: by device, inode, identity and shape.
+Only open files hold them (`HeldFile.hashed`): the inode of a closed one may be another's."""
 _one_at_a_time = threading.Lock()
 
 
@@ -83,7 +85,10 @@ class Cache:
 
     def is_in_place(self) -> bool:
         """Whether this very file still has its name."""
-        return self.path.exists() and self.path.stat().st_ino == self.contents.inode
+        try:
+            return os.path.samestat(self.path.stat(), self.contents.file.status)
+        except OSError:
+            return False
 
     @property
     def levels(self) -> tuple[FeatureLevel, ...]:
@@ -277,23 +282,33 @@ class Cache:
         """
         if self.checked(rows, level):
             return
-        column = self._columns[level.name]
+        column, hashed = self._columns[level.name], _hashed(self)
         for row, *parts in zip(rows.tolist(), *stored, strict=True):
-            if not self._hashed[row, column]:
+            if not hashed[row, column]:
                 _compare(self, row, column, checksum(parts))
-                self._hashed[row, column] = True
+                hashed[row, column] = True
 
     def checked(self, rows: NDArray[np.intp], level: FeatureLevel) -> bool:
         """Whether this process has checked all of these rows of a level."""
-        return bool(self._hashed[rows, self._columns[level.name]].all())
+        return bool(_hashed(self)[rows, self._columns[level.name]].all())
 
-    @cached_property
-    def _hashed(self) -> NDArray[np.bool_]:
-        """Which rows and levels this process has hashed: one array for all Cache objects of the same file."""
-        status = self.contents.file.status
-        fresh = np.zeros((len(self), len(self.levels)), dtype=np.bool_)
-        with _one_at_a_time:
-            return _files.setdefault((status.st_dev, status.st_ino), fresh)
+
+def _hashed(cache: Cache) -> NDArray[np.bool_]:
+    """Which rows and levels this process has hashed: one array for all Cache objects of the same file.
+
+    Raises CacheError where the file was closed.
+    """
+    file = cache.contents.file
+    known = file.hashed
+    if known is not None:
+        return known
+    shape, status = (len(cache), len(cache.levels)), file.status
+    with _one_at_a_time:
+        if file.handle < 0:
+            raise was_closed(cache.path)
+        of = status.st_dev, status.st_ino, cache.contents.identity_sha256, shape
+        file.hashed = found = _files.setdefault(of, np.zeros(shape, dtype=np.bool_))
+        return found
 
 
 def _level_of(cache: Cache, level: str | FeatureLevel) -> FeatureLevel:
@@ -391,7 +406,11 @@ def verify(path: Path) -> Iterator[Damage | int]:
     expected, ids = cache.stored_checksums(), contents.rows.texts["id"]
     for column, level in enumerate(cache.levels):
         for row in whole.tolist():
-            kept = list(cache.stored(row, level).values())
+            try:
+                kept = list(cache.stored(row, level).values())
+            except UnreadableError:
+                yield Damage(row, ids[row], f"features/{level.name}, which the disk does not give")
+                continue
             if checksum(kept) != int(expected[row, column]):
                 yield Damage(row, ids[row], f"features/{level.name}")
             yield sum(values.nbytes for values in kept)

@@ -253,7 +253,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
       featprobe cache rm xray --yes
     """
     from featprobe.machine import human_bytes
-    from featprobe.stages.upkeep.caches import check_removable, remove_cache
+    from featprobe.stages.upkeep.caches import check_removable, remove_caches
 
     workspace = workspace_of(ctx)
     sizes = {path: check_removable(workspace, path) for path in caches_named(workspace, [name])}
@@ -261,7 +261,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
         echo(f"{path}  {human_bytes(size)}")
     if not yes:
         click.confirm(f"Delete {'this cache' if len(sizes) == 1 else f'these {len(sizes)} caches'}?", abort=True)
-    echo(f"{human_bytes(sum(map(remove_cache, sizes)))} freed")
+    echo(f"{human_bytes(remove_caches(sizes))} freed")
 
 
 def _no_caches(workspace: "Workspace") -> str:

@@ -153,7 +153,7 @@ def _asked(ctx: click.Context, options: Mapping[str, Any]) -> "tuple[Workspace, 
 
 
 def _parse_shard(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"There is no shard {text}. wanted: I/N with 1 <= I <= N, as 3/16.")
+        raise UsageError(f"There is no shard {text[:60]}. wanted: I/N with 1 <= I <= N, as 3/16.")
     return int(found[1]), int(found[2])

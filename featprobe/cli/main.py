@@ -31,6 +31,9 @@ from featprobe.io.texts import printable
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors of a disk that is full, read-only or failing."""
+LACKS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of a process that may not have more memory or more files."""
+LONGEST = 300  # letters of a path or a reason that are shown
 
 
 class _Printable(logging.Formatter):
@@ -56,7 +59,7 @@ class _Cli(InOrder):
             if stopped and ctx.params.get("debug"):
                 echo(traceback.format_exc(), err=True)
             if stopped:
-                line = "\n" if sys.stderr.isatty() else ""  # below ^C, or a bar
+                line = "\n" if sys.stderr and sys.stderr.isatty() else ""  # below ^C, or a bar
                 if rank == "0":
                     echo(f"{line}featprobe: {stopping.farewell(ctx.invoked_subcommand or '')}", err=True)
                 ctx.exit(stopping.CODE)
@@ -68,10 +71,18 @@ class _Cli(InOrder):
 
 
 def _refusal(error: BaseException) -> str:
-    """The message for a full disk or too few threads, where no command has a message for it; "" for other errors."""
+    """The message for what the system refuses, where no command has a message for it; "" for other errors."""
+    named = isinstance(error, OSError) and isinstance(error.filename, str | bytes)
+    file = f"{os.fsdecode(error.filename)[:LONGEST]}: " if isinstance(error, OSError) and named else ""
     if isinstance(error, OSError) and error.errno in REFUSALS:
-        file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
+    if isinstance(error, OSError) and error.errno in LACKS:
+        return f"{file}{error.strerror}. Allow the process more (ulimit), then run the same command again."
+    if file and isinstance(error, OSError):
+        return f"{file}{error.strerror}. Nothing further was done. Correct the path or its rights, then run it again."
+    if isinstance(error, MemoryError):
+        why = f" {str(error)[:LONGEST].rstrip('.')}." if str(error) else ""
+        return f"The memory does not hold what was asked for.{why} Ask for less, as smaller images or batches."
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "No more threads can be started here. Allow more processes or memory (ulimit), or use fewer --workers."
     return ""
@@ -108,8 +119,18 @@ for _command in (
     cli.add_command(_command)
 
 
+def _hold_streams() -> None:
+    """Open standard streams that are closed, as nothing: a file would get their numbers, and what libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
+    _hold_streams()
     stopping.listen()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text

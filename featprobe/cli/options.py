@@ -126,8 +126,8 @@ def iterations(ctx: click.Context, param: click.Parameter, text: str | None) -> 
     """A number of iterations, or auto."""
     if text is None or text == "auto":
         return text
-    if not text.isdecimal() or int(text) < 1:
-        raise click.BadParameter(f"{text!r}. wanted: a whole number from 1 on, or auto", ctx, param)
+    if not text.isdecimal() or len(text) > 9 or int(text) < 1:
+        raise click.BadParameter(f"{text[:60]!r}. wanted: a whole number from 1 on, or auto", ctx, param)
     return int(text)
 
 
@@ -422,7 +422,7 @@ def columns(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
 
 def terminal_width() -> int | None:
     """Characters in a line of the terminal that stdout is; None where it is none."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
 
 
 def workspace_of(ctx: click.Context) -> "Workspace":

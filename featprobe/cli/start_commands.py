@@ -271,7 +271,7 @@ def _tried_json(tried: "Tried") -> dict[str, Any]:
 
 def _is_terminal() -> bool:
     """Whether a person reads this and can answer."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return bool(sys.stdin and sys.stdin.isatty() and sys.stdout and sys.stdout.isatty())
 
 
 def _has_screen() -> bool:

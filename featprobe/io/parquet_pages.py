@@ -2,7 +2,8 @@
 
 A footer and the headers of pages are structs of Thrift's compact protocol. They are read here with limits, and only the
 pages are taken that `featprobe.io.parquet` writes. So the library that decodes them never sees other claims: it takes
-gigabytes for some, and ends the process on others.
+gigabytes for some, and ends the process on others. Nothing is taken that the library would read as something else: a
+field twice, a number that is too long for it, a value of another type.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,26 @@ PHYSICAL: Mapping[str, int] = {"text": BYTE_ARRAY, "int": INT32, "float": FLOAT,
 ZSTD = 6
 PLAIN, PLAIN_DICTIONARY, RLE, RLE_DICTIONARY = 0, 2, 3, 8
 DATA_PAGE, DICTIONARY_PAGE = 0, 2
+Path = tuple[int, ...]
+"""The numbers of the fields that lead to a value; those of a list's values are the list's."""
+_I32, _I64, _BINARY, _STRUCT = 5, 6, 8, 12
+_COLUMN = (4, 1, 3)  # of a footer: groups, columns of a group, about it
+FOOTER: Mapping[Path, int] = {
+    (2, 1): _I32, (2, 4): _BINARY, (2, 5): _I32, (3,): _I64, (4, 3): _I64, _COLUMN: _STRUCT,
+    **dict.fromkeys([(*_COLUMN, 1), (*_COLUMN, 4)], _I32),
+    **dict.fromkeys([(*_COLUMN, 5), (*_COLUMN, 7), (*_COLUMN, 9), (*_COLUMN, 11)], _I64),
+}  # fmt: skip
+PAGE: Mapping[Path, int] = {
+    **dict.fromkeys([(1,), (2,), (3,), (5, 1), (5, 2), (5, 3), (5, 4), (7, 1), (7, 2)], _I32),
+    (5,): _STRUCT, (7,): _STRUCT,
+}  # fmt: skip
+"""Thrift's types of the fields that are used. A reader passes over one of another type as if it were not there."""
+LISTS: Mapping[Path, int] = {
+    **dict.fromkeys([(2,), (4,), (5,), (7,), (4, 1), (4, 4), (*_COLUMN, 8), (*_COLUMN, 13)], _STRUCT),
+    (*_COLUMN, 2): _I32, (*_COLUMN, 3): _BINARY, (*_COLUMN, 16, 2): _I64, (*_COLUMN, 16, 3): _I64,
+}  # fmt: skip
+"""Lists of a footer, and the type of their values, which a reader takes for granted."""
+MOST_FIELDS = 1 << 15  # numbers of fields have 16 bits: greater ones would mean others
 
 
 @dataclass(frozen=True)
@@ -65,7 +86,7 @@ def _claims(data: bytes, kinds: Mapping[str, str]) -> Claims:
     if end < 4 or data[:4] != MAGIC or data[-4:] != MAGIC or not 0 < size <= min(end - 4, MOST_FOOTER):
         raise ValueError("its footer is missing, or too long")
     end -= size
-    said = Reader(data, end, end + size).struct()
+    said = Reader(data, end, end + size, FOOTER, LISTS).struct()
     rows, groups = _whole(said[3]), said.get(4, [])
     if 8 in said or 9 in said:
         raise ValueError("it is encrypted")
@@ -168,7 +189,7 @@ def _pages(data: bytes, about: Mapping[int, Any], end: int, kind: str) -> _Pages
 def _headers(data: bytes, start: int, stop: int) -> Iterator[tuple[dict[int, Any], int]]:
     """The header of each page, and where the page ends."""
     while start < stop:
-        reader = Reader(data, start, stop)
+        reader = Reader(data, start, stop, PAGE)
         header = reader.struct()
         start = reader.place + _whole(header[3])
         yield header, start
@@ -193,23 +214,32 @@ def _whole(value: Any) -> int:
 
 
 class Reader:
-    """Reads values of Thrift's compact protocol between two places of some bytes. Raises ValueError for all others."""
+    """Reads values of Thrift's compact protocol between two places of some bytes. Raises ValueError for all others.
 
-    def __init__(self, data: bytes, place: int, stop: int) -> None:
+    types: of fields, where another is refused. lists: all that there may be, with the types of their values.
+    """
+
+    def __init__(
+        self, data: bytes, place: int, stop: int, types: Mapping[Path, int], lists: Mapping[Path, int] | None = None
+    ) -> None:
         self.data, self.place, self.stop, self.left = data, place, stop, MOST_VALUES
+        self.types, self.lists = types, lists or {}
 
-    def struct(self, depth: int = 0) -> dict[int, Any]:
+    def struct(self, path: Path = ()) -> dict[int, Any]:
         """The fields of a struct by their numbers."""
         found: dict[int, Any] = {}
         number = 0
         while head := self._byte():
             number = number + (head >> 4) if head >> 4 else self._zigzag()
-            found[number] = head & 15 == 1 if head & 15 in (1, 2) else self._value(head & 15, depth + 1)
+            own = (*path, number)
+            if number in found or not 0 < number < MOST_FIELDS or self.types.get(own, head & 15) != head & 15:
+                raise ValueError("a field in its footer, or in the header of a page, is there twice or of another type")
+            found[number] = head & 15 == 1 if head & 15 in (1, 2) else self._value(head & 15, own)
         return found
 
-    def _value(self, kind: int, depth: int) -> Any:
+    def _value(self, kind: int, path: Path) -> Any:
         self.left -= 1
-        if self.left < 0 or depth > DEEPEST:
+        if self.left < 0 or len(path) > DEEPEST:
             raise ValueError("its footer says too much")
         match kind:
             case 1 | 2 | 3:
@@ -220,14 +250,16 @@ class Reader:
                 return self._bytes(8)
             case 8:
                 return self._bytes(self._varint())
-            case 9 | 10:
+            case 9:
                 head = self._byte()
                 count = head >> 4 if head >> 4 < 15 else self._varint()
                 if count > self.stop - self.place:
                     raise ValueError("its footer is cut")
-                return [self._value(head & 15, depth + 1) for _ in range(count)]
+                if self.lists.get(path) != head & 15:
+                    raise ValueError("its footer holds other lists than featprobe writes")
+                return [self._value(head & 15, path) for _ in range(count)]
             case 12:
-                return self.struct(depth)
+                return self.struct(path)
         raise ValueError("its footer holds what featprobe never writes")
 
     def _byte(self) -> int:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from itertools import chain
 from typing import TypeVar
@@ -66,11 +66,17 @@ def single_threaded(threads: int, name: str) -> ThreadPoolExecutor:
     def begin() -> None:
         torch.get_num_threads()  # once in a thread this takes what holds elsewhere
         torch.set_num_threads(1)
-        started.wait()
+        with suppress(threading.BrokenBarrierError):
+            started.wait()
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=begin)
-    for _ in range(threads):
-        pool.submit(int)  # starts a thread, as long as no other is ready
-    started.wait()
+    try:
+        for _ in range(threads):
+            pool.submit(int)  # starts a thread, as long as no other is ready
+        started.wait()
+    except BaseException:  # no further thread can be started, or Ctrl-C: the others would wait for ever
+        started.abort()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     torch.set_num_threads(elsewhere)  # for threads to come, and for MKL, which has one number for all
     return pool

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from featprobe.cache import WHOLE, Cache
 from featprobe.cache.held_file import HeldFile
 from featprobe.cache.pooled_file import read_pooled, rows_digest, write_pooled
-from featprobe.cache.reader import FeatureLoader, RowReader
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader
 from featprobe.errors import CacheIncompleteError, DiskError
 from featprobe.features import Pooled, filled_cells, pool
 from featprobe.image_labels import Unit

@@ -157,7 +157,7 @@ class Workspace:
 
     def check_set(self, name: str) -> None:
         """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
-        if name in self.data_names() or Path(name).exists():
+        if name in self.data_names() or os.path.exists(name):
             return
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"

@@ -51,7 +51,8 @@ from featprobe.cache import (
 )
 from featprobe.cache.header import MAGIC, Index
 from featprobe.cache.layout import row_tables
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works, choose_mode
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader, _direct_works, choose_mode
 from featprobe.errors import CacheError, CacheIncompleteError, ShapeError
 from featprobe.io.disk import remove_leftovers
 from featprobe.levels import FeatureLevel

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from old_caches import write_old
 
 from featprobe.cache import Cache, CacheWriter, store
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError
 from featprobe.kinds import KINDS
@@ -94,6 +95,113 @@ def overwrite(path: Path, name: str, row: int, data: bytes | None = None) -> Non
     with path.open("r+b") as stream:
         stream.seek(place(path, name, row))
         stream.write(data or bytes(opened(path).contents.extents[name].row_bytes))
+
+
+# One file is not taken for another
+
+
+def in_place(path: Path, other: Path, damaged: str) -> None:
+    """Give a file the bytes of another cache, the first byte of a level changed: the number of the file stays."""
+    flip_byte(other, place(other, f"features/{damaged}", 0))
+    path.write_bytes(other.read_bytes())
+
+
+def test_a_file_with_the_number_of_a_closed_one_is_checked(cache: Cache, tmp_path: Path) -> None:
+    cache.features("stride4")
+    cache.close()
+    in_place(cache.path, filled_cache(tmp_path / "other.h5", rows=rows_of(ROWS)).path, "stride4")
+    with pytest.raises(CacheError, match="is damaged"):
+        opened(cache.path).features("stride4")
+    with pytest.raises(CacheError, match="was closed"):
+        cache.check(np.array([0]), cache.levels[0], np.zeros((1, 1), np.uint8))
+
+
+def test_another_cache_with_the_number_of_an_open_one_is_checked(cache: Cache, tmp_path: Path) -> None:
+    cache.features("stride4")
+    rows = [replace(row, id=f"other{row.id}") for row in rows_of(ROWS)]
+    in_place(cache.path, filled_cache(tmp_path / "other.h5", rows=rows).path, "stride4")
+    with pytest.raises(CacheError, match="is damaged"):
+        opened(cache.path).features("stride4")
+
+
+# What the disk does not give
+
+
+@pytest.fixture
+def bad_sector(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    """The cache, where row 3 of the first level can't be read."""
+    own, bad = os.pread, place(cache.path, "features/stride4", 3)
+
+    def read(handle: int, count: int, offset: int) -> bytes:
+        if offset <= bad < offset + count:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return own(handle, count, offset)
+
+    monkeypatch.setattr(os, "pread", read)
+    return cache
+
+
+def test_a_row_that_the_disk_does_not_give_is_an_error_of_the_cache(bad_sector: Cache) -> None:
+    with pytest.raises(CacheError, match=r"can't be read at byte \d+: Input/output error"):
+        bad_sector.read_row(3, bad_sector.levels[0])
+
+
+def test_verify_names_a_row_that_the_disk_does_not_give_and_marks_it(bad_sector: Cache) -> None:
+    result = CliRunner().invoke(cli, ["cache", "verify", str(bad_sector.path)])
+    assert result.exit_code == 3
+    assert "row 3 part3.png: features/stride4, which the disk does not give" in result.stdout
+    assert "row 3 is now marked as missing" in result.stdout
+
+
+# Files are closed
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_reader_that_can_t_begin_leaves_no_file_open(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(threads: int, name: str) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gc.collect()
+    whole, before = cache.path.stat().st_size, descriptors()
+    os.truncate(cache.path, whole // 2)
+    for mode in ("memmap", "preadv"):
+        with pytest.raises(CacheError, match="cut short"):
+            RowReader(cache, mode=mode)
+    gc.collect()
+    assert descriptors() == before
+    os.truncate(cache.path, whole)
+    monkeypatch.setattr("featprobe.cache.row_reader.ThreadPoolExecutor", refused)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, TypeError)):
+            RowReader(cache, mode="preadv", threads=2)
+    gc.collect()
+    assert descriptors() == before
+
+
+def test_a_reader_that_was_closed_reads_no_other_file(cache: Cache) -> None:
+    reader = RowReader(cache, mode="preadv", verify=False)
+    reader.close()
+    reader.close()
+    out = {name: np.zeros((1, own.row_bytes), np.uint8) for name, own in reader.buffers(cache.levels[0]).items()}
+    with pytest.raises(CacheError, match="was closed"):
+        reader.read(np.array([0]), out)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ValueError("mmap length")])
+def test_a_map_that_the_system_refuses_is_an_error_of_the_cache(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refused(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(np, "memmap", refused)
+    with pytest.raises(CacheError, match="can't be mapped into memory"):
+        RowReader(cache, mode="memmap")
+    with pytest.raises(CacheError, match="can't be mapped into memory"):
+        cache.features("stride4")
 
 
 # Damage is found before it is used

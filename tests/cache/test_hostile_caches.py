@@ -18,7 +18,7 @@ from helpers import CONTEXT
 from hostile_caches import HARMLESS, LONG, NEW, OLD, SECRET, write_sound
 
 from featprobe.cache import WHOLE, legacy, open_cache, verify
-from featprobe.cache.reader import RowReader
+from featprobe.cache.row_reader import RowReader
 from featprobe.errors import FeatprobeError
 from featprobe.stages.upkeep.caches import describe_cache
 from featprobe.targets import labels_in_frame

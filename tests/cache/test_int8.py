@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from featprobe.cache import CacheWriter, open_cache, verify
+from featprobe.cache import CacheWriter, open_cache, row_reader, verify
 from featprobe.cache import reader as reader_module
 from featprobe.cache.quantised import SCALES, TORCH_DTYPE, _decode_at_once, as_read, coded, decode, quantise
-from featprobe.cache.reader import FeatureLoader, RowReader, _direct_works
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader, _direct_works
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, OverflowsDtypeError, ProbeError
 from featprobe.specs import BackboneSpec, FeatureRecipe
@@ -185,7 +186,7 @@ def loader_of(cache, mode=None, staged=False):
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("mode", ["memmap", "preadv", "direct"])
 def test_every_way_of_reading_gives_the_fp16_that_codes_stand_for(cache, monkeypatch, mode, staged):
-    monkeypatch.setattr(reader_module, "SCRATCH", 3 * 6 * 64)  # of the first level three rows at a time
+    monkeypatch.setattr(row_reader, "SCRATCH", 3 * 6 * 64)  # of the first level three rows at a time
     wanted, random = expected(cache.recipe, 40), np.random.default_rng(3)
     orders = [random.integers(0, 40, size) for size in (5, 1, 7, 40, 0, 3)]
     with loader_of(cache, mode, staged) as loader:
@@ -231,7 +232,7 @@ def test_threads_that_decode_leave_the_threads_of_all_others_as_they_are(cache):
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_large_rows_are_decoded_from_the_file_s_own_memory_once_they_are_checked(cache, monkeypatch, verify):
-    monkeypatch.setattr(reader_module, "SCRATCH", 1)  # every row is large
+    monkeypatch.setattr(row_reader, "SCRATCH", 1)  # every row is large
     wanted, copied = expected(cache.recipe, 40), Counter()
     orders = [np.array([4, 9, 4]), np.array([9, 30]), np.array([30, 4, 9])]
     with FeatureLoader(cache, mode="memmap", verify=verify) as loader:
@@ -256,7 +257,7 @@ def test_large_rows_are_decoded_from_the_file_s_own_memory_once_they_are_checked
 @pytest.mark.parametrize("table", ["features/stride8", "scales/stride8"])
 @pytest.mark.parametrize("staged", [False, True])
 def test_codes_and_scales_are_under_one_checksum(cache, monkeypatch, table, staged, scratch):
-    monkeypatch.setattr(reader_module, "SCRATCH", scratch)
+    monkeypatch.setattr(row_reader, "SCRATCH", scratch)
     extent = cache.contents.extents[table]
     with cache.path.open("r+b") as stream:
         stream.seek(extent.offset + 7 * extent.row_bytes)

@@ -7,10 +7,10 @@ import sys
 
 import hostile_tables
 import pytest
-from hostile_tables import ALLOWED, HOSTILE, LARGEST
+from hostile_tables import ALLOWED, BINARY, BYTE, HOSTILE, I32, LARGEST, LIST, STRUCT, encoded, i32, i64
 from test_record_file import record_bytes, records
 
-from featprobe.io.parquet_pages import claims_of
+from featprobe.io.parquet_pages import LISTS, PAGE, Reader, claims_of
 from featprobe.stages.recording.record_file import COLUMNS
 
 SECONDS = 2
@@ -49,3 +49,32 @@ def test_what_a_table_claims_is_what_it_holds() -> None:
 def test_what_is_no_table_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="footer"):
         claims_of(data, COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {1: i32(2), 1.5: i32(2)},  # a second time
+        {5: (STRUCT, {1: i32(7)}), 5.5: (STRUCT, {2: i32(0)})},  # which a reader joins
+        {2 + (1 << 16): i32(9)},  # 2, of 16 bits
+        {2: i64(9)},  # which a reader passes over
+        {9: (LIST, (BYTE, [0x95, 1]))},  # of bytes, or of one number
+        {0: i32(1)},
+        {-3: i32(1)},
+    ],
+)
+def test_what_a_reader_would_take_for_something_else_is_refused(fields: dict[float, object]) -> None:
+    data = encoded(STRUCT, fields)
+    with pytest.raises(ValueError, match=r"twice or of another type|other lists"):
+        Reader(data, 0, len(data), PAGE, LISTS).struct()
+
+
+def test_a_list_is_of_the_type_that_its_reader_takes_it_for() -> None:
+    for inner, known in ((STRUCT, True), (BINARY, False), (I32, False), (BYTE, False)):
+        values = {STRUCT: {1: i32(0)}, BINARY: b"", I32: 0, BYTE: 0}
+        data = encoded(STRUCT, {4: (LIST, (inner, [values[inner]]))})
+        if known:
+            assert Reader(data, 0, len(data), {}, LISTS).struct() == {4: [{1: 0}]}
+            continue
+        with pytest.raises(ValueError, match="other lists"):
+            Reader(data, 0, len(data), {}, LISTS).struct()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from featprobe.io import threads
-from featprobe.io.threads import each, in_threads
+from featprobe.io.threads import each, in_threads, single_threaded
 
 HERE: ContextVar[int] = ContextVar("here", default=0)
 
@@ -45,6 +45,27 @@ def test_results_and_errors_are_those_of_a_loop(items: list[int], bad: int, work
             assert list(results) == [item + 5 for item in items]
     finally:
         HERE.reset(token)
+
+
+def test_threads_that_wait_for_one_that_can_t_start_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, begun = threading.Thread.start, list[threading.Thread]()
+
+    def refusing(own: threading.Thread) -> None:
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        begun.append(own)
+        start(own)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refusing)
+        with pytest.raises(RuntimeError, match="can't start"):
+            single_threaded(4, "some")
+    for own in begun:
+        own.join(20)
+        assert not own.is_alive()
+    assert len(begun) == 2 and not caplog.records
 
 
 def test_what_is_not_begun_is_dropped() -> None:

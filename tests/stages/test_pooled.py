@@ -42,7 +42,8 @@ from featprobe.backbones import backbone as backbones
 from featprobe.cache import Cache, CacheWriter, open_cache, verify
 from featprobe.cache import pooled_file as keeping
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
-from featprobe.cache.reader import FeatureLoader, RowReader
+from featprobe.cache.reader import FeatureLoader
+from featprobe.cache.row_reader import RowReader
 from featprobe.cli.main import cli
 from featprobe.errors import CacheError, CacheIncompleteError, DataError, FieldError, NoMapsError
 from featprobe.kinds import KINDS, TrainRecipe, kind_of
@@ -57,7 +58,7 @@ from featprobe.stages.predict import predict
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.probe import find_caches, probe
 from featprobe.stages.training.probe_options import ProbeOptions
-from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_cache
+from featprobe.stages.upkeep.caches import describe_cache, list_cache, remove_caches
 from featprobe.stages.workspace import Workspace
 
 COUNT = 7
@@ -473,14 +474,14 @@ def test_a_list_a_description_and_a_removal_know_the_file(cache: Cache, tmp_path
     assert " pooled from stride4, stride8" in run(cli, [*where, "info", "set"]).stdout
     total = cache.path.stat().st_size + size
     (cache.path.parent / f".x.{os.uname().nodename}-999999999-00000000.tmp").touch()
-    assert remove_cache(cache.path) == total
+    assert remove_caches([cache.path]) == total
     assert {left.suffix for left in cache.path.parent.iterdir()} == {".lock"}
 
 
 def test_a_folder_in_the_place_of_pooled_features_stays_when_its_cache_is_removed(cache: Cache) -> None:
     pooled_path(cache.path).mkdir()
     (pooled_path(cache.path) / "notes.txt").write_text("mine")
-    assert remove_cache(cache.path) and not cache.path.exists()
+    assert remove_caches([cache.path]) and not cache.path.exists()
     assert (pooled_path(cache.path) / "notes.txt").read_text() == "mine"
 
 

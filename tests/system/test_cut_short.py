@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from _commands import CONTEXT, PROBE, Bench, Fault, Ran, _main
 
-from featprobe.cache.reader import RowReader
+from featprobe.cache.row_reader import RowReader
 
 MORE = ["3" if word == "2" and before == "--seeds" else word for before, word in zip(["", *PROBE], PROBE, strict=False)]
 """One seed more than there is."""

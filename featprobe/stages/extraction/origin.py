@@ -1,5 +1,6 @@
 """The origin of a cache: its backbone, how its data set was read, how its rows were put into blocks."""
 
+import re
 import shlex
 from typing import Any
 
@@ -26,6 +27,9 @@ def read_as_of(cache: Cache) -> dict[str, Any]:
 
 def batch_size_of(cache: Cache) -> int:
     """The batch size of the command that made a cache: the bytes of its rows follow from it."""
-    words = shlex.split(cache.contents.command)
+    try:
+        words = shlex.split(cache.contents.command)
+    except ValueError:  # a file may say anything
+        words = []
     given = words[words.index("--batch-size") + 1] if "--batch-size" in words[:-1] else ""
-    return int(given) if given.isdigit() else ExtractOptions.batch_size
+    return int(given) if re.fullmatch("[1-9][0-9]{0,8}", given) else ExtractOptions.batch_size

@@ -28,6 +28,7 @@ from featprobe.stages.workspace import Workspace, backbone_of, caches_of
 LET_IT = "Or let this command make it first:"
 MASKS = next(task for task, scores in SCORES.items() if scores.dense)  # a task that every set with masks serves
 DENSE_ONLY = ("loss", "loss_at", "class_weights")
+MOST_SEEDS = 10_000
 FREE = ("tuning", "device", "show", "quiet", "lr", "weight_decay", "log", "budget", "verify")
 """Options that a counterpart does not take from its frozen result."""
 
@@ -106,8 +107,8 @@ def checked(task: str, options: ProbeOptions) -> ProbeOptions:
         recipe = replace(recipe, **NOT_TRAINED)
     _check_meaning(kind, options, recipe)
     grid_of(recipe, options.lr, options.weight_decay)  # refuses rates that make no sense
-    if options.seeds is not None and options.seeds < 1:
-        raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds 1 or more.")
+    if options.seeds is not None and not 1 <= options.seeds <= MOST_SEEDS:
+        raise ProbeError(f"{options.seeds} seeds can't be trained. wanted: --seeds from 1 to {MOST_SEEDS}.")
     wrong = [f for f in options.fractions if not 0 < f <= 1]
     if wrong or not options.fractions:
         raise ProbeError(f"{wrong or 'nothing'} is not a fraction of the training split. wanted: 0 < F <= 1.")

@@ -1,8 +1,10 @@
 """Looking after cache files: list, describe, verify, upgrade, remove."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import numpy as np
@@ -43,7 +45,7 @@ def list_cache(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "version": version,
-        "bytes": path.stat().st_size,
+        "bytes": _size_of(path),
         "rows": len(done),
         "whole": int((done == WHOLE).sum()),
         "recipe": recipe.to_json(),
@@ -64,7 +66,7 @@ def describe_cache(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "version": cache.contents.version,
-        "bytes": path.stat().st_size,
+        "bytes": cache.contents.file.status.st_size,
         "rows": len(cache),
         "whole": int((done == WHOLE).sum()),
         "missing": int((done == MISSING).sum()),
@@ -92,8 +94,12 @@ def _pooled(cache: Cache) -> dict[str, Any]:
 
 
 def _size_of(path: Path) -> int:
-    """Bytes of a file; 0 where there is none."""
-    return path.stat().st_size if path.is_file() else 0
+    """Bytes of a file; 0 where there is none, or none any more."""
+    try:
+        found = path.stat()
+    except OSError:
+        return 0
+    return found.st_size if S_ISREG(found.st_mode) else 0
 
 
 def verify_cache(
@@ -151,6 +157,8 @@ def upgrade_cache(path: Path, quiet: bool = False) -> bool:
     Rows keep their states, reasons and checksums, so that nothing is computed again. Raises CacheError where a row or
     anything else is damaged, or a process writes into the file; the file is as it was then.
     """
+    if not begins_as_cache(path):
+        read_states(path)  # no lock file is left beside what is no cache
     with RowLocks(path) as locks:
         locks.wait_for_creation()
         locks.claim_all()
@@ -201,7 +209,7 @@ def _damaged(path: Path, what: str, command: str) -> CacheError:
 
 
 def check_removable(workspace: Workspace, path: Path) -> int:
-    """Bytes of what `remove_cache` would remove. Raises CacheError for a file elsewhere that is no cache.
+    """Bytes of what `remove_caches` would remove. Raises CacheError for a file elsewhere that is no cache.
 
     A cache that can't be opened may be removed: one in the workspace, or one that begins as caches do.
     """
@@ -222,18 +230,23 @@ def _with_beside(path: Path) -> int:
     return sum(_size_of(own) for own in (path, pooled_path(path), truth_path(path)))
 
 
-def remove_cache(path: Path) -> int:
-    """Delete a cache file and what lies beside it but the lock file; returns the bytes set free.
+def remove_caches(paths: Iterable[Path]) -> int:
+    """Delete cache files and what lies beside them but the lock files; returns the bytes set free.
 
-    The cache itself goes last, so that after an error the same command finds it again. Raises CacheBusyError when a
-    process is writing into it, and OSError where the disk refuses.
+    A cache itself goes last, so that after an error the same command finds it again. Raises CacheBusyError, and deletes
+    nothing, when a process is writing into one of them; and OSError where the disk refuses.
     """
-    with RowLocks(path) as locks:
-        locks.claim_all()
-        size = _with_beside(path)
-        for beside in (look_path(path), pooled_path(path), truth_path(path), log_path(path)):
-            if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
-                beside.unlink(missing_ok=True)
-        path.unlink()
-        remove_leftovers(path.parent)
+    with ExitStack() as held:
+        for path in (there := list(paths)):
+            held.enter_context(RowLocks(path)).claim_all()
+        return sum(map(_remove, there))
+
+
+def _remove(path: Path) -> int:
+    size = _with_beside(path)
+    for beside in (look_path(path), pooled_path(path), truth_path(path), log_path(path)):
+        if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's
+            beside.unlink(missing_ok=True)
+    path.unlink()
+    remove_leftovers(path.parent)
     return size

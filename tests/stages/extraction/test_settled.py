@@ -20,7 +20,7 @@ from featprobe.stages.extraction import settled as settled_module
 from featprobe.stages.extraction.extract import ExtractReport, extract, speed_text
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.settled import listing_of, look_path
-from featprobe.stages.upkeep.caches import remove_cache
+from featprobe.stages.upkeep.caches import remove_caches
 from featprobe.stages.workspace import Workspace
 
 COUNT = 5
@@ -258,7 +258,7 @@ def test_a_cache_that_is_damaged_or_gone_is_made_anew(run):
 
 def test_removing_a_cache_leaves_nothing_of_it_but_its_lock_file(run):
     path = run().path
-    remove_cache(path)
+    remove_caches([path])
     assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
 
 

@@ -29,7 +29,7 @@ from featprobe.stages.recording import truth as stage
 from featprobe.stages.recording.kept_truth import kept, truth_path
 from featprobe.stages.recording.sizes import outlines_of
 from featprobe.stages.recording.truth import defects_of, table_of
-from featprobe.stages.upkeep.caches import remove_cache
+from featprobe.stages.upkeep.caches import remove_caches
 from featprobe.stages.workspace import Workspace, pixel_size_of
 from featprobe.targets import IGNORE, Instance, encode_instances, encode_rle, encode_semantic
 
@@ -286,7 +286,7 @@ _made: dict[str, Any] = {}
 def test_a_cache_takes_its_file_with_it_when_it_is_removed(cache: Cache) -> None:
     table_of(cache, EVERY, quiet=True)
     total = cache.path.stat().st_size + truth_path(cache.path).stat().st_size
-    assert remove_cache(cache.path) == total and not truth_path(cache.path).exists()
+    assert remove_caches([cache.path]) == total and not truth_path(cache.path).exists()
 
 
 def test_features_say_nothing_of_what_was_measured(tmp_path: Path) -> None:

@@ -1,0 +1,117 @@
+"""Whatever a user or a shell writes ends in words: no traceback, no hang, nothing written where a stream was closed."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from featprobe.cli import options
+from featprobe.cli.main import LONGEST, _hold_streams, cli
+from featprobe.errors import BackboneError, DataError, FeatprobeError
+from featprobe.geometry import parse_size
+from featprobe.machine import check_device
+from featprobe.splitting import SplitChoice
+from featprobe.tiling import parse_views
+
+MANY_DIGITS = "9" * 5000  # more than Python turns into a number
+LONG = "a" * 5000  # more than a path may have
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["data", "info", LONG], 1),
+        (["data", "check", LONG], 1),
+        (["extract", "--backbone", "embedded", "--data", LONG], 2),
+        (["extract", "--backbone", "embedded", "--data", "xray", "--weights", LONG], 2),
+        (["extract", "--backbone", "embedded", "--data", "xray", "--shard", f"1/{MANY_DIGITS}"], 2),
+        (["extract", "--backbone", "embedded", "--data", "xray", "--size", f"{MANY_DIGITS}x8"], 2),
+        (["extract", "--backbone", "embedded", "--data", "xray", "--views", f"crop:{MANY_DIGITS}"], 2),
+        (["probe", "--iterations", MANY_DIGITS], 2),
+        (["probe", "--split", f"group:{MANY_DIGITS}"], 2),
+        (["probe", "--seeds", "1000000000000"], 2),
+        (["data", "make", "xray", "--size", f"8x{MANY_DIGITS}"], 2),
+        (["data", "split", "xray", "--out", "x.csv", "--split", "group:99999999999999999999"], 2),
+        (["try", LONG], 2),
+        (["init", LONG], 2),
+    ],
+    ids=lambda words: " ".join(words)[:50] if isinstance(words, list) else str(words),
+)
+def test_long_words_end_in_words(words: list[str], code: int, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *words], prog_name="featprobe")
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code in (1, 2) and "Traceback" not in result.stderr and result.stderr
+    assert result.exit_code == code or "There is no" in result.stderr, result.stderr[-300:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_too_many_digits_are_none() -> None:
+    """They also come from study files and from rows of others."""
+    with pytest.raises(DataError):
+        parse_size(f"8x{MANY_DIGITS}")
+    for text in (f"group:{MANY_DIGITS}", "group:10000", f"group:5/{MANY_DIGITS}"):
+        with pytest.raises(DataError):
+            SplitChoice.parse(text)
+    with pytest.raises(FeatprobeError):
+        parse_views("crop:10000")
+    with pytest.raises(BackboneError):
+        check_device(f"cuda:{MANY_DIGITS}")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", LONG), "File name too long. Nothing further was done."),
+        (PermissionError(errno.EACCES, "Permission denied", b"some"), "some: Permission denied. Nothing further"),
+        (OSError(errno.EMFILE, "Too many open files"), "Too many open files. Allow the process more (ulimit)"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "Cannot allocate memory. Allow the process more (ulimit)"),
+        (MemoryError("Unable to allocate 9 TiB."), "Unable to allocate 9 TiB. Ask for less"),
+        (MemoryError(), "The memory does not hold what was asked for. Ask for less"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    def refused(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("featprobe.cli.cache.workspace_of", refused)
+    result = CliRunner().invoke(cli, ["cache", "ls"], prog_name="featprobe")
+    assert result.exit_code == 1 and said in result.stderr and len(result.stderr) < LONGEST + 200
+    result = CliRunner().invoke(cli, ["--debug", "cache", "ls"], prog_name="featprobe")
+    assert result.exception is error
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise KeyError("x")
+
+    monkeypatch.setattr("featprobe.cli.cache.workspace_of", refused)
+    assert isinstance(CliRunner().invoke(cli, ["cache", "ls"]).exception, KeyError)
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Libraries print warnings to number 2, which a cache would have."""
+    code = (
+        "import os, sys; from featprobe.cli.main import _hold_streams; _hold_streams()\n"
+        "handle = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(2, b'warning'); sys.exit(handle)"
+    )
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
+    assert subprocess.run(closed, check=False, timeout=120).returncode == 3
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_streams_that_are_open_stay_as_they_are() -> None:
+    before = [os.fstat(number) for number in (0, 1, 2)]
+    _hold_streams()
+    assert all(os.path.samestat(own, os.fstat(number)) for number, own in enumerate(before))
+
+
+def test_a_closed_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from featprobe.cli.start_commands import _is_terminal
+
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stdin", None)
+    assert options.terminal_width() is None and not _is_terminal()
