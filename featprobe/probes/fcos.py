@@ -27,8 +27,9 @@ from featprobe.probes.detections import (
 from featprobe.probes.execution import full_products, half_products
 from featprobe.probes.head import BatchedObjectHead
 from featprobe.probes.operations.convolutions import convolved, few_outputs
-from featprobe.probes.operations.norms import rectified
-from featprobe.probes.pyramid import ConvBlock, detection_pyramid
+from featprobe.probes.operations.norms import joined, rectified
+from featprobe.probes.operations.towers import towers
+from featprobe.probes.pyramid import ConvBlock, Maps, detection_pyramid
 from featprobe.processes import summed
 
 CENTRE_RADIUS = 2.5  # cells around an object's centre that predict it; long thin cracks need more than FCOS's 1.5
@@ -81,7 +82,8 @@ class _Said:
 
     logits: (batch, classes - 1, cells). sides: (batch, 4, cells), logarithms of the distances to left, top, right and
     bottom in cells. centrality: (batch, cells). inside: (batch, cells), bool: whether a cell holds some image; None for
-    all.
+    all. places: where boxes were wanted in some cells alone, their numbers, counted through the batch, (n,); then sides
+    are (n, 4) and centrality is (n,).
     """
 
     grid: Grid
@@ -89,6 +91,7 @@ class _Said:
     sides: Tensor
     centrality: Tensor
     inside: Tensor | None
+    places: Tensor | None = None
 
     def boxes(self, sides: Tensor, cell: Tensor | None = None) -> Tensor:
         """Boxes around cells: (…, cells, 4), pixels. sides: (…, cells, 4). cell: (…, cells), None for all in order."""
@@ -152,19 +155,27 @@ class FcosHead(BatchedObjectHead):
 
     def batch_loss(self, features: Features, targets: ObjectBatch) -> Tensor:
         """The loss of a batch, a scalar."""
-        said = self._said(features)
-        with full_products(said.logits.device):
-            return self._loss(said, targets)
+        device = self.scales.device
+        with full_products(device):
+            grid = grid_of(self.strides, features.frame, device)
+            index = assign(grid, targets.boxes, targets.labels > 0)  # (batch, cells), -1 for the background
+        said = self._said(features) if execution.whole_batches(device) else self._said_of_objects(features, index >= 0)
+        with full_products(device):
+            return self._loss(said, targets, index)
+
+    def _towers(self) -> tuple[list[list[ConvBlock]], list[Tensor]]:
+        """The blocks of both towers, step by step, and the weights of each step's convolutions, joined."""
+        pairs = zip(self.class_tower, self.box_tower, strict=True)
+        steps = [[cast(ConvBlock, block) for block in pair] for pair in pairs]
+        return steps, [torch.cat([block.conv.weight for block in pair]) for pair in steps]
 
     def _said(self, features: Features) -> _Said:
         """The outputs of both towers, computed together: first as one convolution, then as two groups of one."""
         device, width = self.scales.device, self.class_out.in_channels
-        pairs = zip(self.class_tower, self.box_tower, strict=True)
-        towers = [[cast(ConvBlock, block) for block in pair] for pair in pairs]
-        weights = [torch.cat([block.conv.weight for block in pair]) for pair in towers]
+        steps, weights = self._towers()
         with half_products(device, training=self.training):
             maps = self.pyramid.convolved(features, weights[0], self.strides)
-            for step, pair in enumerate(towers):
+            for step, pair in enumerate(steps):
                 if step:
                     maps = [(convolved(x, weights[step], groups=2), inside) for x, inside in maps]
                 maps = [(rectified([block.norm for block in pair], x, inside), inside) for x, inside in maps]
@@ -172,8 +183,7 @@ class FcosHead(BatchedObjectHead):
         bias = torch.cat([own.bias for own in outs])
         with full_products(device):
             if not execution.whole_batches(device):
-                weights = [own.weight for own in outs]
-                out = torch.cat([few_outputs(x, weights) for x, _ in maps], 2) + bias[:, None]
+                out = torch.cat([self._few(x) for x, _ in maps], 2) + bias[:, None]
             else:  # both at once, each blind to the other's tower: ten outputs cost as many as five
                 named, placed = (
                     pad(own.weight, (0, 0, 0, 0, *side))
@@ -183,14 +193,46 @@ class FcosHead(BatchedObjectHead):
                 out = torch.cat([conv2d(x.to(weight.dtype), weight, bias, padding=1).flatten(2) for x, _ in maps], 2)
         grid = grid_of(self.strides, features.frame, device)
         logits, sides, centrality = out.split([self.classes - 1, 4, 1], 1)
-        insides = [inside.flatten(1) for _, inside in maps if inside is not None]
-        sides = sides * self.scales[grid.level]
-        return _Said(grid, logits, sides, centrality[:, 0], torch.cat(insides, 1) if insides else None)
+        return _Said(grid, logits, sides * self.scales[grid.level], centrality[:, 0], _cells_inside(maps))
 
-    def _loss(self, said: _Said, targets: ObjectBatch) -> Tensor:
-        """Focal loss of the classes, GIoU of the boxes weighted by centrality, cross-entropy of the centrality."""
+    def _few(self, x: Tensor) -> Tensor:
+        """The outputs of both last convolutions, without their bias: (batch, outputs, cells)."""
+        named, placed = self.class_out.weight, self.box_out.weight
+        out = x.new_empty(len(x), len(named) + len(placed), x.shape[2:].numel())
+        for half, weight, own in zip(
+            x.chunk(2, 1), (named, placed), out.split([len(named), len(placed)], 1), strict=True
+        ):
+            few_outputs(half, weight, own)
+        return out
+
+    def _said_of_objects(self, features: Features, found: Tensor) -> _Said:
+        """On a CPU: the logits of all cells, the boxes of those that were found alone. found: (batch, cells), bool."""
+        grid = grid_of(self.strides, features.frame, found.device)
+        steps, weights = self._towers()
+        norms = [[block.norm for block in pair] for pair in steps]
+        joint = [(joined([n.weight for n in pair]), joined([n.bias for n in pair])) for pair in norms]
+        shape = sum(norm.num_groups for norm in norms[0]), norms[0][0].eps
+        outs = self.class_out.weight, self.box_out.weight
+        maps = self.pyramid.convolved(features, weights[0], self.strides)
+        logits, boxes, places = [], [], []
+        for (x, inside), own, first in zip(maps, found.split(grid.counts, 1), grid.first.tolist(), strict=True):
+            place = own.flatten().nonzero()[:, 0]
+            named, placed = towers(x, inside, place, joint, weights[1:], outs, *shape)
+            logits.append(named)
+            boxes.append(placed)
+            places.append(place // own.shape[1] * found.shape[1] + place % own.shape[1] + first)
+        where = torch.cat(places)
+        sides, centrality = (torch.cat(boxes) + self.box_out.bias).split([4, 1], 1)
+        sides = sides * self.scales[grid.level[where % found.shape[1]]][:, None]
+        named = torch.cat(logits, 2) + self.class_out.bias[:, None]
+        return _Said(grid, named, sides, centrality[:, 0], _cells_inside(maps), where)
+
+    def _loss(self, said: _Said, targets: ObjectBatch, index: Tensor) -> Tensor:
+        """Focal loss of the classes, GIoU of the boxes weighted by centrality, cross-entropy of the centrality.
+
+        index: (batch, cells), see `assign`.
+        """
         grid = said.grid
-        index = assign(grid, targets.boxes, targets.labels > 0)  # (batch, cells), -1 for the background
         found, place = index >= 0, index.clamp(min=0)
         counted = found | ~in_crowd(grid.centres, targets.crowds)
         if said.inside is not None:
@@ -201,12 +243,12 @@ class FcosHead(BatchedObjectHead):
         total = (focal(said.logits, wanted) * counted[:, None]).sum() / count
         boxes = targets.boxes.gather(1, place[:, :, None].expand(-1, -1, 4))
         cell = torch.arange(found.shape[1], device=found.device).expand(len(found), -1)
-        parts = [said.sides.transpose(1, 2), said.centrality, boxes, cell, found.to(total.dtype)]
-        parts = [part.flatten(0, 1) for part in parts]
-        if not execution.whole_batches(found.device):  # the others' weight is 0
-            where = found.flatten().nonzero()[:, 0]
-            parts = [part.index_select(0, where) for part in parts]
-        sides, said_centrality, true, cell, own = parts
+        sides, said_centrality = said.sides, said.centrality
+        true, cell, own = (part.flatten(0, 1) for part in (boxes, cell, found.to(total.dtype)))
+        if said.places is None:  # the others' weight is 0
+            sides, said_centrality = sides.transpose(1, 2).flatten(0, 1), said_centrality.flatten()
+        else:
+            true, cell, own = (part.index_select(0, said.places) for part in (true, cell, own))
         centrality = centrality_of(grid.centres[cell], true)
         giou = giou_losses(said.boxes(sides, cell), true)
         weight = (centrality + 1e-3) * own
@@ -242,6 +284,12 @@ class FcosHead(BatchedObjectHead):
             kept = suppress(boxes, score, label, NMS_IOU, SCORE_FLOOR)
             found.append(Detections(boxes[kept], label[kept], score[kept]))
         return found
+
+
+def _cells_inside(maps: Maps) -> Tensor | None:
+    """Whether each cell of all maps holds some image, (batch, cells); None for all."""
+    insides = [inside.flatten(1) for _, inside in maps if inside is not None]
+    return torch.cat(insides, 1) if insides else None
 
 
 def focal(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -406,6 +406,30 @@ def test_a_step_over_levels_of_one_stride_waits_for_no_device(kind: str, padded:
 
 
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("objects", [False, True])
+def test_boxes_of_objects_alone_train_fcos_as_those_of_all_cells_do(
+    padded: bool, objects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    recipe = HeadRecipe("detect", "fcos", ("background", "a", "b"), width=16, sides=(9.0, 15.0, 50.0))
+    head: Any = build_head(recipe, LEVELS).double().train()
+    boxes, crowd = torch.tensor([[1.0, 2, 9, 12], [4, 3, 40, 38], [3, 4, 20, 17]]), torch.tensor([[20.0, 1, 47, 30]])
+    some = ObjectTarget(boxes.double(), torch.tensor([1, 2, 2]), None, crowd.double())
+    none = ObjectTarget(boxes[:0].double(), torch.zeros(0, dtype=torch.int64), None, crowd[:0].double())
+    targets, pair = ObjectBatch.of([some, none, some, none] if objects else [none] * BATCH), []
+    for way in (False, True):
+        monkeypatch.setattr(execution, "whole_batches", lambda device, way=way: way)
+        own, features = copy.deepcopy(head), features_of(LEVELS, padded)
+        for m in features.maps.values():
+            m.requires_grad_()
+        loss = own.batch_loss(features, targets)
+        loss.backward()
+        pair.append([loss.detach(), *(p.grad for p in own.parameters()), *(m.grad for m in features.maps.values())])
+    for pieces, few in zip(*pair, strict=True):
+        assert torch.allclose(few, pieces, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("padded", [False, True])
 def test_a_variance_that_is_small_beside_its_mean_is_found_either_way(
     padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ are channels last in memory.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -40,22 +40,25 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         gradient = upstream[0].contiguous(memory_format=torch.channels_last)
-        of_x = of_weight = None
-        if ctx.needs_input_grad[0]:
-            of_x = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), ctx.groups, (True, False, False)
-            )[0]
-        if ctx.needs_input_grad[1]:
-            pairs = zip(x.chunk(ctx.groups, 1), gradient.chunk(ctx.groups, 1), strict=True)
-            of_weight = torch.cat([weight_gradient(*pair) for pair in pairs])
+        of_x = input_gradient(x, weight, gradient, ctx.groups) if ctx.needs_input_grad[0] else None
+        of_weight = weight_gradient(x, gradient, ctx.groups) if ctx.needs_input_grad[1] else None
         return of_x, of_weight, None
 
 
-def weight_gradient(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of a 3x3 convolution's weights: (outputs, channels, 3, 3).
+def input_gradient(x: Tensor, weight: Tensor, gradient: Tensor, groups: int) -> Tensor:
+    """The gradient of a 3x3 convolution's input, which is x. gradient: of its output."""
+    given = (gradient, x, weight, None, (1, 1), (1, 1), (1, 1), False, (0, 0), groups, (True, False, False))
+    return cast(Tensor, torch.ops.aten.convolution_backward(*given)[0])
+
+
+def weight_gradient(x: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
+    """The gradient of a 3x3 convolution's weights: (outputs, channels / groups, 3, 3).
 
     x: (batch, channels, rows, columns), its input. gradient: (batch, outputs, rows, columns), of its output.
     """
+    if groups > 1:
+        pairs = zip(x.chunk(groups, 1), gradient.chunk(groups, 1), strict=True)
+        return torch.cat([weight_gradient(*pair) for pair in pairs])
     if x.shape[1] <= gradient.shape[1]:
         return _correlated(x, gradient).permute(3, 2, 0, 1)
     return _correlated(gradient, x).flip(0, 1).permute(2, 3, 0, 1)
@@ -88,54 +91,40 @@ def _neighbourhoods(image: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, memory[: part.stop - start].copy_(windows[part]).view(-1, 9 * channels)
 
 
-def few_outputs(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """3x3 convolutions with a padding of 1 and few outputs, each of its own channels of x, one behind the other.
+def few_outputs(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """A 3x3 convolution with a padding of 1 and few outputs.
 
-    x: (batch, channels of all, rows, columns), channels last in memory. weights: each (outputs, channels, 3, 3).
-    Returns (batch, outputs of all, rows * columns), cells last in memory.
+    Cells go through the nine products of the kernel, whose results are moved and summed: they are few. x: (images,
+    channels, rows, columns), channels last in memory. weight: (outputs, channels, 3, 3). out: filled, (images, outputs,
+    rows * columns).
     """
-    return cast(Tensor, _FewOutputs.apply(x, *weights))
+    height, width = x.shape[2:]
+    wide = x.new_zeros(len(weight), height + 2, width + 2)
+    taps = weight.permute(2, 3, 0, 1).flatten(0, 2)  # (9 * outputs, channels)
+    for image, own in zip(x.permute(0, 2, 3, 1).flatten(1, 2), out, strict=True):
+        wide.zero_()
+        near = torch.mm(taps, image.T).view(3, 3, -1, height, width)
+        for row, column in itertools.product(range(3), range(3)):
+            at = wide[:, 2 - row : 2 - row + height, 2 - column : 2 - column + width]
+            at.add_(near[row, column])
+        own.view(-1, height, width).copy_(wide[:, 1:-1, 1:-1])
 
 
-class _FewOutputs(torch.autograd.Function):
-    """Cells go through the nine products of each kernel, whose results are moved and summed: they are few."""
+def few_outputs_backward(x: Tensor, weight: Tensor, above: Tensor, of_x: Tensor) -> Tensor:
+    """The gradient of such a convolution's weights; of_x, which is like x, is filled with that of its input.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(x, *weights)
-        (height, width), outputs = x.shape[2:], [len(weight) for weight in weights]
-        wide = x.new_zeros(sum(outputs), height + 2, width + 2)
-        found = x.new_empty(len(x), sum(outputs), height * width)  # no view, which could not be changed in place
-        by_tap = [weight.permute(2, 3, 0, 1).flatten(0, 2) for weight in weights]  # (9 * outputs, channels)
-        channels = [weight.shape[1] for weight in weights]
-        for image, own in zip(x.permute(0, 2, 3, 1).flatten(1, 2), found, strict=True):
-            wide.zero_()
-            for taps, cells, out in zip(by_tap, image.split(channels, 1), wide.split(outputs), strict=True):
-                near = torch.mm(taps, cells.T).view(3, 3, -1, height, width)
-                for row, column in itertools.product(range(3), range(3)):
-                    at = out[:, 2 - row : 2 - row + height, 2 - column : 2 - column + width]
-                    at.add_(near[row, column])
-            own.view(-1, height, width).copy_(wide[:, 1:-1, 1:-1])
-        return found
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        (height, width), outputs = x.shape[2:], [len(weight) for weight in weights]
-        by_tap = [weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2) for weight in weights]
-        of_taps = [torch.zeros_like(taps) for taps in by_tap]
-        channels = [weight.shape[1] for weight in weights]
-        of_x = torch.empty_like(x, memory_format=torch.channels_last)
-        rows = [m.permute(0, 2, 3, 1).flatten(1, 2) for m in (x, of_x)]  # (batch, cells, channels of all)
-        for image, of_image, gradient in zip(*rows, upstream[0].unflatten(2, (height, width)), strict=True):
-            windows = pad(gradient, (1, 1, 1, 1)).unfold(1, height, 1).unfold(2, width, 1).permute(1, 2, 0, 3, 4)
-            parts = (image.split(channels, 1), of_image.split(channels, 1), windows.split(outputs, 2))
-            for taps, of_own, cells, of_cells, own in zip(by_tap, of_taps, *parts, strict=True):
-                near = own.reshape(len(taps), -1)  # (9 * outputs, cells)
-                torch.mm(near.T, taps, out=of_cells)
-                of_own.addmm_(near, cells)
-        own_shape = [own.unflatten(0, (3, 3, -1)).flip(0, 1).permute(2, 3, 0, 1) for own in of_taps]
-        return of_x, *own_shape
+    above: (images, outputs, rows * columns).
+    """
+    height, width = x.shape[2:]
+    taps = weight.flip(2, 3).permute(2, 3, 0, 1).flatten(0, 2)
+    found = torch.zeros_like(taps)
+    rows = [m.permute(0, 2, 3, 1).flatten(1, 2) for m in (x, of_x)]  # (images, cells, channels)
+    for image, own, gradient in zip(*rows, above.unflatten(2, (height, width)), strict=True):
+        windows = pad(gradient, (1, 1, 1, 1)).unfold(1, height, 1).unfold(2, width, 1).permute(1, 2, 0, 3, 4)
+        near = windows.reshape(len(taps), -1)  # (9 * outputs, cells)
+        torch.mm(near.T, taps, out=own)
+        found.addmm_(near, image)
+    return found.unflatten(0, (3, 3, -1)).flip(0, 1).permute(2, 3, 0, 1)
 
 
 def upsampled_and_convolved(x: Tensor, weight: Tensor, times: int) -> Tensor:
