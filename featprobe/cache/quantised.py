@@ -24,7 +24,7 @@ TORCH_DTYPE: Mapping[str, torch.dtype] = {
 TABLE_DTYPE = {"<f2": torch.float16, "<f4": torch.float32, "<u2": torch.bfloat16, "u1": torch.uint8}
 """torch's number format of a table of features or scales, by its name in the file."""
 CODES = 255  # steps from a channel's smallest value to its largest
-BLOCK = 1 << 17  # values, for each thread, that are decoded at once: what a core's own cache holds
+BLOCK = 1 << 19  # values that are decoded at once: 3 MB of memory in all, which the cache of all cores holds
 MOST_VIEWS = 64  # shapes of blocks whose memory a thread keeps ready
 TINY = 2.0**24  # 1 / the smallest fp16 > 0: a code is the bits of so many times that value
 _FACTORS = torch.tensor([TINY, 1.0])  # of scale and zero
@@ -119,26 +119,29 @@ _scratch = _Scratch()
 
 
 def decode_parts(parts: Iterable[NDArray[np.uint8]], scales: torch.Tensor, out: torch.Tensor) -> None:
-    """decode() of codes that come in parts, on a CPU, in blocks that fit its caches.
+    """decode() of codes that come in parts, on a CPU, in blocks that fit the cache which its cores share.
 
     parts: codes of one or more rows each, in any shape, until all rows of scales are there; the memory of a part may be
     used again when the next is asked for. scales, out: see decode; not empty.
 
     A code widened to 16 bits is the bits of an fp16 number: code / TINY. Batch norm with mean 0 and variance 1 is the
-    torch operation that applies a float32 factor and summand per channel to fp16 values in one pass. What is done for
-    each block is little: reading empties a core's caches of the program too, and each small step takes microseconds.
+    torch operation that applies a float32 factor and summand per channel to fp16 values in one pass. Blocks are large
+    and what is done for each is little: reading empties a core's caches of the program too, and threads that decode
+    wait for each other whenever they come back to Python.
     """
     rows, channels = scales.shape[:2]
     values = out.view(1, rows * channels, -1)
     cells = values.shape[2]
-    step = max(1, BLOCK * torch.get_num_threads() // cells)
+    step = max(1, BLOCK // cells)
     factors, summands = (scales.view(-1, 2) * _FACTORS).t().contiguous()
-    unused, at = _scratch.unused, 0
-    for part in parts:
-        codes = part.reshape(-1, cells)
-        here = slice(at, at := at + len(codes))
-        blocks = values[:, here].split(step, 1), factors[here].split(step), summands[here].split(step)
-        for start, block, factor, summand in zip(range(0, len(codes), step), *blocks, strict=True):
-            bits, half, mean, variance = _scratch.of(len(factor), cells)
-            np.copyto(bits, codes[start : start + step])
-            torch.native_batch_norm(half, factor, summand, mean, variance, False, 0.0, 0.0, out=(block, unused, unused))
+    codes, incoming = np.empty((0, cells), dtype=np.uint8), iter(parts)
+    unused = _scratch.unused
+    for block, factor, summand in zip(values.split(step, 1), factors.split(step), summands.split(step), strict=True):
+        bits, half, mean, variance = _scratch.of(len(factor), cells)
+        filled = 0
+        while filled < len(bits):
+            codes = codes if len(codes) else next(incoming).reshape(-1, cells)
+            taken = min(len(codes), len(bits) - filled)
+            np.copyto(bits[filled : filled + taken], codes[:taken])
+            codes, filled = codes[taken:], filled + taken
+        torch.native_batch_norm(half, factor, summand, mean, variance, False, 0.0, 0.0, out=(block, unused, unused))
