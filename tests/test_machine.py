@@ -89,3 +89,30 @@ def test_the_limits_of_a_process_count_less_what_it_has_taken(kind: str) -> None
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     before, after = map(int, done.stdout.split())
     assert 2**29 < before < 2**30 and before - after == pytest.approx(2**28, rel=0.05)
+
+
+PAGES = """
+import resource, sys
+from featprobe.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    import torch
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(2**26, dtype=torch.uint8).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_commands_take_large_pages_unless_the_environment_says_otherwise() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("needs transparent_hugepage at madvise")
+    here = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    here |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    faults = []
+    for more in ({}, {"THP_MEM_ALLOC_ENABLE": "0"}):
+        command, environment = [sys.executable, "-c", PAGES], here | more
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        faults.append(int(done.stdout.split()[-1]))
+    assert 8 * faults[0] < faults[1]

@@ -28,6 +28,7 @@ from featprobe.cli.probes_commands import probes
 from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
+from featprobe.machine import take_large_pages
 
 REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 """Errors of a disk that is full, read-only or failing."""
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     _hold_streams()
     stopping.listen()
+    take_large_pages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)

@@ -25,6 +25,7 @@ MEANT: Mapping[str, str] = {
     "HF_ENDPOINT": "the address of the model hub",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
     "OMP_NUM_THREADS": "threads that compute on a CPU",
+    "THP_MEM_ALLOC_ENABLE": "0: torch takes no large pages of memory on a CPU",
     "TMPDIR": "the folder of temporary files",
 }
 """Environment variables that change what featprobe does, and how."""
