@@ -18,7 +18,7 @@ DEVICES = ("cuda", "mps", "cpu")
 
 def check_device(name: str) -> None:
     """Raise BackboneError for what is no name of a device, as cpu or cuda:1; whether it is here, torch knows."""
-    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{1, 3})?", name):
+    if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", name):
         raise BackboneError(
             f"There is no device {name!r} here.\n  wanted  one of {', '.join(DEVICES)}, or the second GPU as cuda:1\n"
             "Omit --device to use the best available device."

@@ -62,6 +62,11 @@ def test_numbers_of_too_many_digits_are_none() -> None:
         check_device(f"cuda:{MANY_DIGITS}")
 
 
+@pytest.mark.parametrize("name", ["cpu", "mps", "cuda", "cuda:1", "cuda:127"])
+def test_names_of_devices_are_taken(name: str) -> None:
+    check_device(name)
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [

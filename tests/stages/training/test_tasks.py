@@ -415,7 +415,7 @@ def test_a_table_keeps_caches_apart(dense: Workspace) -> None:
         ("detekt", {}, "no task 'detekt'. Did you mean detect"),
         ("detect", {"head": "linear"}, "no detect head 'linear'"),
         ("semseg", {"levels": ("stride16",)}, "--levels stride4,stride8,stride16"),
-        ("semseg", {"seeds": 0}, "--seeds 1 or more"),
+        ("semseg", {"seeds": 0}, "--seeds from 1 to 10000"),
         ("semseg", {"fractions": (0.0, 1.0)}, "0 < F <= 1"),
         ("detect", {"pyramid": "simple"}, "one stride"),
     ],
