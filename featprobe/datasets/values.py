@@ -109,7 +109,7 @@ class Faults:
     """The faults of a file as one error. It holds no more of them than it tells: a file may have a million."""
 
     def __init__(self, most: int = 10) -> None:
-        """most: how many are told."""
+        """most: how many are reported."""
         self.most, self.count = most, 0
         self.first: list[DataError] = []
         self.kinds: set[type[DataError]] = set()
@@ -122,7 +122,7 @@ class Faults:
             self.first.append(fault)
 
     def say(self, text: Callable[[], str]) -> None:
-        """Add a DataError of this text, which is made only where it is told."""
+        """Add a DataError of this text, which is made only where it is reported."""
         self.add(DataError(text() if self.count < self.most else ""))
 
     def raise_all(self) -> None:
