@@ -106,7 +106,7 @@ def stated_side(value: Any, where: object) -> int | None:
 
 
 class Faults:
-    """The faults of a file as one error. It holds no more of them than it tells: a file may have a million."""
+    """The faults of a file as one error. It holds no more of them than it reports: a file may have a million."""
 
     def __init__(self, most: int = 10) -> None:
         """most: how many are reported."""
