@@ -1,6 +1,7 @@
 # make demo and make test work on a machine with Python 3.11 or newer and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE # the tests start many processes: each would compile all modules again
 
 .PHONY: demo test check cluster dist-check image docs attack clean
 

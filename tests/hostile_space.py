@@ -40,7 +40,7 @@ from featprobe.datasets.files import FOLLOW_LINKS
 from featprobe.specs import digest
 
 SECRET = b"SECRET-8f2d"
-NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
+NETWORK = ("--backbone", "test_efficientnet", "--random-init")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n0 0 moveto\nshowpage\n"
 ESCAPE = "\x1b]0;owned\x07\x9b8m\u202e"
 LONGEST = 40  # seconds that a command may take before the test counts it as hung

@@ -416,7 +416,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_generated("xray", workspace.data / "xray", images=24, size=(64, 64))
     extract(
         workspace,
-        workspace.backbone("tf_efficientnet_lite0", random_init=True),
+        workspace.backbone("test_efficientnet", random_init=True),
         "xray",
         ExtractOptions(size=(32, 32), batch_size=8, quiet=True),
     )
@@ -493,7 +493,7 @@ def test_no_verify_trains_all_the_same_says_so_and_changes_no_key(space: Workspa
 
 STUDY = """
 data = ["xray"]
-backbones = ["tf_efficientnet_lite0-random"]
+backbones = ["test_efficientnet-random"]
 heads = ["ridge"]
 regimes = ["frozen"]
 sizes = ["32x32"]

@@ -323,7 +323,7 @@ def space(tmp_path_factory):
     """A workspace with a small set under a real network, as int8 and as fp32."""
     workspace = Workspace(tmp_path_factory.mktemp("int8"))
     make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
-    spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+    spec = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
     for dtype in ("int8", "fp32"):
         extract_for_real(workspace, spec, "surface", ExtractOptions(quiet=True, dtype=dtype, device="cpu"))
     return workspace

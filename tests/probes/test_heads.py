@@ -378,7 +378,7 @@ def two_images() -> tuple[Features, tuple[FeatureLevel, ...], list[ObjectTarget]
         grey = 0.3 + 0.05 * rng.standard_normal(disc.shape) + 0.4 * disc
         pictures.append(np.repeat(grey[None], 3, 0))
         masks.append(disc)
-    backbone = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
+    backbone = load_backbone(BackboneSpec("tiny", "test_efficientnet", "random"))
     with torch.inference_mode():
         maps = backbone(torch.tensor(np.stack(pictures), dtype=torch.float32)).maps
     labels = torch.tensor(np.stack(masks), dtype=torch.uint8)

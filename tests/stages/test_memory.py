@@ -29,7 +29,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2 GiB.\nMore of it."
 NOT_LOCKED = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported."
 GONE = "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported."
 QUICK = ProbeOptions(recipe=TrainRecipe(iterations=3, batch_size=2, evaluations=1), seeds=1, quiet=True, device="cpu")
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 
 
 class Small(PoolingBackbone):
@@ -78,7 +78,7 @@ def test_a_network_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch) ->
     backbone = load_backbone(SPEC)
     with monkeypatch.context() as patch:
         patch.setattr(type(backbone), "_maps", full)
-        with pytest.raises(BackboneError, match="does not hold tf_efficientnet_lite0 with an image of 64x64") as caught:
+        with pytest.raises(BackboneError, match="does not hold test_efficientnet with an image of 64x64") as caught:
             backbone.fit((64, 64))
     assert is_one_paragraph(caught.value) and backbone.frame is None
     monkeypatch.setattr(type(backbone), "to", full)

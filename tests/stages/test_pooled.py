@@ -529,7 +529,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_set(root / "parts", 12)
     (root / "featprobe.toml").write_text(
         '[data.parts]\npath = "parts"\nsize = "64x64"\n'
-        '[backbones.small]\nmodel = "tf_efficientnet_lite0"\nrandom_init = true\n'
+        '[backbones.small]\nmodel = "test_efficientnet"\nrandom_init = true\n'
     )
     space = Workspace(root)
     how = ExtractOptions(store="pooled", device="cpu", quiet=True)

@@ -46,7 +46,7 @@ from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import components
 
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 COLUMNS = ["image", "verdict", "findings", "area", "score", "threshold", "milliseconds", "reason"]
 TRAINED, IMAGES = 24, 10
 

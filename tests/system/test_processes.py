@@ -60,7 +60,7 @@ from featprobe.stages.workspace import Workspace, make_generated
 CPU = torch.device("cpu")
 LEVELS = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 5), (8, 7), (16, 11)))
 FRAME, IMAGES, CLASSES = (64, 96), 4, 3
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 DETECT = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
 LIVE = TrainRecipe(iterations=6, batch_size=4, lr=1e-3, evaluations=1)
 

@@ -39,7 +39,7 @@ def started(words: Sequence[str], how: str = "SIG_DFL", **environment: str) -> I
 def test_an_extraction_that_is_stopped_says_what_is_kept_and_goes_on(tmp_path: Path) -> None:
     images = 120
     write_set(tmp_path / "parts", images, (32, 32))
-    words = ["--workspace", str(tmp_path), "extract", "--backbone", "tf_efficientnet_lite0", "--random-init"]
+    words = ["--workspace", str(tmp_path), "extract", "--backbone", "test_efficientnet", "--random-init"]
     words += ["--data", str(tmp_path / "parts"), "--size", "64x64", "--batch-size", "2", "--device", "cpu"]
     with started(["-m", "featprobe", *words, "--quiet"]) as process:
         begun = time.monotonic()

@@ -104,7 +104,7 @@ def toml(value: Any) -> str:
 # ---- study files -----------------------------------------------------------------------------------------------------
 
 STUDY: dict[str, Any] = {
-    "data": ["surface"], "backbones": ["tf_efficientnet_lite0-random"], "tasks": ["semseg", "detect"],
+    "data": ["surface"], "backbones": ["test_efficientnet-random"], "tasks": ["semseg", "detect"],
     "heads": ["linear", "fcos"], "regimes": ["frozen", "full"], "seeds": 2, "fractions": [0.5, 1.0],
     "sizes": ["64x64"], "tiles": [0, 32], "overlap": 4, "empty_tiles": 0.5, "views": ["none"], "split": "own",
     "lr": [0.001], "weight_decay": [0.001], "show": 2, "log": [],
@@ -148,7 +148,7 @@ def read(folder: Path, text: str) -> Study:
     ],
 )  # fmt: skip
 def test_a_wrong_value_in_a_study_file_is_named_with_its_path(tmp_path: Path, lines: str, said: str) -> None:
-    start = 'data = ["surface"]\nbackbones = ["tf_efficientnet_lite0-random"]\n'
+    start = 'data = ["surface"]\nbackbones = ["test_efficientnet-random"]\n'
     assert read(tmp_path, start)
     with pytest.raises(DataError) as caught:
         read(tmp_path, start + lines + "\n")
@@ -333,7 +333,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a dense head and a detection head of a small set."""
     space = Workspace(tmp_path_factory.mktemp("typed") / "space")
     make_generated("surface", space.data / "surface", images=24, size=(64, 64))
-    spec = space.backbone("tf_efficientnet_lite0", random_init=True)
+    spec = space.backbone("test_efficientnet", random_init=True)
     run_extract(space, spec, "surface", ExtractOptions(size=(64, 64), quiet=True))
     for task in ("semseg", "detect"):
         probe(space, task, options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True))

@@ -21,7 +21,7 @@ from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
-NAME = "tf_efficientnet_lite0"
+NAME = "test_efficientnet"
 QUICK = ProbeOptions(recipe=TrainRecipe(iterations=2, batch_size=2, evaluations=1), seeds=1, quiet=True, device="cpu")
 CONFIG = f'[data.parts]\npath = "parts"\nsize = "64x64"\n[backbones.small]\nmodel = "{NAME}"\nrandom_init = true\n'
 

@@ -2,19 +2,18 @@
 
 import fcntl
 import json
-import multiprocessing
 import random
 import re
 import shutil
 import threading
 import time
 from dataclasses import replace
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _commands import CONTEXT
 from click.testing import CliRunner
 from helpers import find_file, write_set
 from tqdm import tqdm
@@ -36,7 +35,7 @@ from featprobe.stages.workspace import Workspace, make_generated
 ROOT = Path(__file__).parents[3]
 SMALL = """
 data = ["surface"]
-backbones = ["tf_efficientnet_lite0-random"]
+backbones = ["test_efficientnet-random"]
 tasks = ["semseg", "detect"]
 heads = ["linear", "ridge"]
 regimes = ["frozen", "full"]
@@ -191,7 +190,7 @@ def test_a_plan_goes_past_a_damaged_cache(workspace: Workspace, tmp_path: Path) 
 
 CUT = """
 data = ["surface"]
-backbones = ["tf_efficientnet_lite0-random"]
+backbones = ["test_efficientnet-random"]
 heads = ["linear"]
 regimes = ["frozen", "full"]
 seeds = 1
@@ -279,7 +278,7 @@ def test_a_study_takes_tiles_and_views_of_the_configuration_unless_it_names_othe
 
 
 def test_full_on_stored_views_alone_or_without_augmentation(workspace: Workspace) -> None:
-    study = Study(("surface",), ("tf_efficientnet_lite0-random",), seeds=1, views=("hflip", "hflip,vflip"))
+    study = Study(("surface",), ("test_efficientnet-random",), seeds=1, views=("hflip", "hflip,vflip"))
 
     def trained(asked: Study) -> list[tuple[str, int]]:
         return [(cell.regime, len(cell.place.options.views or ())) for cell in cells_of(asked, workspace)]
@@ -340,26 +339,18 @@ def test_an_intensity_of_each_image_is_no_policy_for_tiles_and_views(workspace: 
 # ---- several processes, and kills ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def processes() -> ForkServerContext:
-    """Starts real processes that need not import torch first."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["featprobe.stages.study.study", "timm", "torchvision"])
-    return context
-
-
 def append_rows(path: Path, writer: int, count: int) -> None:
     for number in range(count):
         append_row(path, {"writer": writer, "number": number, "filling": "x" * (number * 37 % 20_000)})
 
 
-def test_processes_that_append_at_once_lose_and_mix_no_row(processes: ForkServerContext, tmp_path: Path) -> None:
+def test_processes_that_append_at_once_lose_and_mix_no_row(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     append_row(path, {"writer": -1, "number": 0, "filling": ""})
     with path.open("a") as stream:
         stream.write('{"version": 1, "writer": -1, "num')  # as a kill leaves it
     doomed, *others = [
-        processes.Process(target=append_rows, args=(path, w, 10**9 if w == 0 else 300)) for w in range(4)
+        CONTEXT.Process(target=append_rows, args=(path, w, 10**9 if w == 0 else 300)) for w in range(4)
     ]
     for process in (doomed, *others):
         process.start()
@@ -378,9 +369,9 @@ def test_processes_that_append_at_once_lose_and_mix_no_row(processes: ForkServer
     assert 1 <= len(faults) <= 2 and "line 2 " in faults[0], "what was torn before, and perhaps by the kill"
 
 
-def test_a_row_waits_for_one_that_another_process_is_writing(processes: ForkServerContext, tmp_path: Path) -> None:
+def test_a_row_waits_for_one_that_another_process_is_writing(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    other = processes.Process(target=append_rows, args=(path, 0, 1))
+    other = CONTEXT.Process(target=append_rows, args=(path, 0, 1))
     with path.open("a") as stream:
         fcntl.lockf(stream, fcntl.LOCK_EX)
         stream.write('{"version": 1, "wri')
@@ -398,7 +389,7 @@ def test_a_row_waits_for_one_that_another_process_is_writing(processes: ForkServ
 
 KILLED = """
 data = ["surface"]
-backbones = ["tf_efficientnet_lite0-random"]
+backbones = ["test_efficientnet-random"]
 heads = ["linear"]
 seeds = 2
 sizes = ["64x64"]
@@ -447,16 +438,16 @@ def left_behind(workspace: Workspace) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
-    processes: ForkServerContext, workspace: Workspace, tmp_path: Path
+    workspace: Workspace, tmp_path: Path
 ) -> None:
     study = written(tmp_path, KILLED)
     whole = Workspace(tmp_path / "whole")
     shutil.copytree(workspace.data, whole.data)
-    warm = processes.Process(target=len, args=((),))
+    warm = CONTEXT.Process(target=len, args=((),))
     warm.start()
     warm.join()
     begun = time.monotonic()
-    uninterrupted = processes.Process(target=run_all, args=(whole.root, study))
+    uninterrupted = CONTEXT.Process(target=run_all, args=(whole.root, study))
     uninterrupted.start()
     uninterrupted.join()
     seconds = time.monotonic() - begun
@@ -464,7 +455,7 @@ def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
     alive, states = 0, []
     for kill in range(KILLS):  # the first ones early, while the cache is made
         begun_ns = time.time_ns()
-        process = processes.Process(target=run_all, args=(workspace.root, study))
+        process = CONTEXT.Process(target=run_all, args=(workspace.root, study))
         process.start()
         while kill >= KILLS - 2 and not keeps_state(workspace, begun_ns) and process.is_alive():
             time.sleep(0.01)  # the last ones in a training that has kept its state

@@ -37,7 +37,7 @@ from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import Workspace, make_generated
 
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 NAMES = ("crack", "dent", "ok")
 FEW = TrainRecipe(iterations=4, batch_size=4, evaluations=2)
 HEADS = [name for task, name in KINDS if SCORES[task].on == "images"]

@@ -48,7 +48,7 @@ from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Instance, encode_rle
 
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 STEPS = 20
 RECIPES = {
     "semseg": TrainRecipe(iterations=STEPS, batch_size=4, evaluations=2),
@@ -156,7 +156,7 @@ def test_the_full_regime_moves_the_backbone_and_keeps_it_beside_the_head(space: 
     moved = {name for name, value in fresh.items() if not torch.equal(value, tuned[name])}
     norms = {name for name in fresh if ".bn" in name or name.startswith("bn")}
     assert moved and not moved & norms, "frozen BatchNorms stay what they were"
-    assert row["regime"] == "full" and row["backbone_parameters"] > 1e6 and row["augmentation"]["defect"] == 0.7
+    assert row["regime"] == "full" and row["backbone_parameters"] > 7e4 and row["augmentation"]["defect"] == 0.7
     assert (folder / "sheet.png").is_file()
     _, card = load_head(folder)
     assert card["fingerprint"]["weights_sha256"] != row["weights_sha256"]
@@ -250,7 +250,7 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     assert len(said) == 3 and "2 trainings" in said[-1] and "min" in said[-1]
     (cache,) = workspace.cache_files()
     for line, task in zip(said, ("semseg linear", "detect fcos"), strict=False):
-        assert f"lite0 on xray, seed 0 ({cache}): {task}, full" in line, line
+        assert f"tiny on xray, seed 0 ({cache}): {task}, full" in line, line
     with monkeypatch.context() as patch:
         seconds = {"semseg": 90, "detect": 30}
         patch.setattr(agenda, "foreseen", lambda training: Forecast(0.0, seconds[training.task] / 2))

@@ -338,7 +338,7 @@ def test_seeds_draw_their_own_part_of_the_training_split(pooled: Workspace) -> N
 
 # ---- with a live backbone, and in a study ----------------------------------------------------------------------------
 
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +402,7 @@ def test_a_part_of_the_training_split_that_followed_no_seed_has_no_counterpart(s
 
 STUDY = """
 data = ["surface"]
-backbones = ["tf_efficientnet_lite0-random", "mobilenetv2_100-random"]
+backbones = ["test_efficientnet-random", "mobilenetv2_100-random"]
 heads = ["linear"]
 regimes = ["frozen"]
 seeds = 2

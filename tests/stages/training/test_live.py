@@ -26,7 +26,7 @@ from featprobe.stages.training.probe_options import Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 
 ROUNDING = 2e-6  # of values in [0, 1]
-SPEC = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
 TINY = BackboneSpec("tiny", "test_efficientnet_gn", "random")
 
 

@@ -29,7 +29,7 @@ from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace, make_generated
 
-NETWORK = "tf_efficientnet_lite0-random"
+NETWORK = "test_efficientnet-random"
 RECIPE = TrainRecipe(iterations=9, batch_size=4, evaluations=3)
 OPTIONS = ProbeOptions(recipe=RECIPE, seeds=1, quiet=True, log=("tensorboard",))
 Curve = list[tuple[int, float]]

@@ -565,7 +565,7 @@ def disc_images(count: int, size: int = 128) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("loss_at", ["level", "image"])
 def test_a_head_overfits_two_images(loss_at: str) -> None:
-    backbone = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
+    backbone = load_backbone(BackboneSpec("tiny", "test_efficientnet", "random"))
     pictures, masks = disc_images(2)
     with torch.inference_mode():
         features = backbone(pictures)
@@ -588,19 +588,19 @@ def test_a_head_overfits_two_images(loss_at: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def lite0_space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def tiny_space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workspace with a small generated set under a real network, once in fp32 and once in fp16."""
     workspace = Workspace(tmp_path_factory.mktemp("space"))
     make_generated("surface", workspace.data / "surface", images=18, size=(96, 128))
-    backbone = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
+    backbone = load_backbone(BackboneSpec("tiny", "test_efficientnet", "random"))
     for dtype in ("fp32", "fp16"):
         data = workspace.data_set("surface")
         extract_with(workspace, backbone, data, options(batch_size=8, dtype=dtype), torch.device("cpu"))
     return workspace
 
 
-def test_a_head_can_not_tell_cached_features_from_live_ones(lite0_space: Workspace) -> None:
-    caches = {cache.recipe.dtype: cache for cache in find_caches(lite0_space, "semseg", (), ())[0]}
+def test_a_head_can_not_tell_cached_features_from_live_ones(tiny_space: Workspace) -> None:
+    caches = {cache.recipe.dtype: cache for cache in find_caches(tiny_space, "semseg", (), ())[0]}
     exact = caches["fp32"]
     head = build_head(HeadRecipe("semseg", "linear", exact.data.classes), exact.levels)
     rows = exact.usable("train")
@@ -619,7 +619,7 @@ def test_a_head_can_not_tell_cached_features_from_live_ones(lite0_space: Workspa
             TrainRecipe(iterations=60, lr=0.01, batch_size=8),
         )
     everything = np.arange(len(exact))
-    live = load_backbone(BackboneSpec("lite0", "tf_efficientnet_lite0", "random"))
+    live = load_backbone(BackboneSpec("tiny", "test_efficientnet", "random"))
     pictures = [
         frame_image(read_levels(Path(exact.data.root) / row.image), row.placement, exact.recipe) for row in exact.rows
     ]

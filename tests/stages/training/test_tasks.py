@@ -120,7 +120,7 @@ def stock_scores(annotations: Path, predictions: Path, kind: str) -> list[float]
 def test_stock_pycocotools_on_the_sets_own_file_gives_the_rows_numbers(
     task: str, objects: Workspace, coco_set: Path
 ) -> None:
-    (row,) = probe(objects, task, options=ProbeOptions(recipe=replace(BRIEF, iterations=40), seeds=1, quiet=True)).rows
+    (row,) = probe(objects, task, options=ProbeOptions(recipe=replace(BRIEF, iterations=20), seeds=1, quiet=True)).rows
     predictions = objects.probes / row["folder"] / "predictions.json"
     assert len(json.loads(predictions.read_text())) > 20
     names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -505,7 +505,7 @@ def _by_score(result: dict[str, Any]) -> float:
 def test_predict_takes_the_images_it_was_trained_on_whatever_the_window(tmp_path: Path) -> None:
     workspace = Workspace(tmp_path)
     make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
-    spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
+    spec = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
     extract_for_real(workspace, spec, "surface", ExtractOptions(intensity="percentile:1:99", quiet=True))
     (row,) = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows
     folder, images = workspace.probes / row["folder"], workspace.data / "surface" / "images"

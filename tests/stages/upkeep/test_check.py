@@ -237,7 +237,7 @@ def test_a_set_of_which_nothing_can_be_read_has_its_page_too(tmp_path: Path, dee
 def test_extract_notes_the_same_bytes_in_two_splits(tmp_path: Path) -> None:
     root = make_set(tmp_path / "set")
     copied(root)
-    arguments = "extract --backbone tf_efficientnet_lite0 --random-init --levels stride32 --quiet --json --data".split()
+    arguments = "extract --backbone test_efficientnet --random-init --levels stride32 --quiet --json --data".split()
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *arguments, str(root)], catch_exceptions=False)
     notes = json.loads(result.stdout)["notes"]
     assert any("1 image stands in more than one split, byte for byte: " in note for note in notes)
