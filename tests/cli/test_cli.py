@@ -32,7 +32,7 @@ from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes import load_head
 
 ROOT = Path(__file__).parents[2]
-NETWORK = ("--backbone", "test_efficientnet", "--random-init")
+NETWORK = ("--backbone", "tf_efficientnet_lite0", "--random-init")
 
 
 def call(workspace: Path, *arguments: object, **more: Any) -> Result:
@@ -400,7 +400,7 @@ def test_a_configuration_that_is_no_text_is_named(tmp_path: Path) -> None:
 def test_names_of_the_configuration_can_be_asked_for(images: Path, tmp_path: Path) -> None:
     (tmp_path / "featprobe.toml").write_text(
         f"[data.castings]\npath = '{images}'\nsize = '64x96'\nfit = 'letterbox'\n"
-        "[backbones.ours]\nmodel = 'test_efficientnet'\nrandom_init = true\n"
+        "[backbones.ours]\nmodel = 'tf_efficientnet_lite0'\nrandom_init = true\n"
     )
     assert "castings" in call(tmp_path, "data").stdout and "ours" in call(tmp_path, "backbones").stdout
     result = call(tmp_path, "extract", "--backbone", "ours", "--data", "castings", "--quiet", "--json")

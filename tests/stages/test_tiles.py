@@ -539,7 +539,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, dict[s
     """Heads on tiles of a generated set under a real network, random weights."""
     workspace = Workspace(tmp_path_factory.mktemp("trained"))
     make_generated("surface", workspace.data / "surface", images=12, size=(72, 96))
-    spec = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
+    spec = BackboneSpec("lite0", "tf_efficientnet_lite0", "random", arguments=("--backbone", "lite0", "--random-init"))
     extract_for_real(workspace, spec, "surface", ExtractOptions(tile=64, overlap=16, quiet=True))
     mask_options = options_of("instseg", recipe=replace(BRIEF, iterations=10, evaluations=1))
     dense_options = options_of("semseg", recipe=TrainRecipe(iterations=60, batch_size=4, lr=2e-2, evaluations=1))
