@@ -105,8 +105,12 @@ class Told:
         return {**self.base("semseg")["recipe"], **changed}
 
     def said(self, **more: Any) -> str:
-        """All sentences of the answer."""
-        return "\n".join(sentence for _, sentences in self.compare(**more).answer for sentence in sentences)
+        """All sentences of the answer; no plot is drawn for them."""
+        with pytest.MonkeyPatch.context() as patch:
+            for plot in ("dot_plot", "line_plot"):
+                patch.setattr(f"featprobe.report.page.{plot}", lambda *given: "")
+            found = self.compare(**more)
+        return "\n".join(sentence for _, sentences in found.answer for sentence in sentences)
 
     def tell_objects(self, truth: dict[str, Any], found: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
         scores = average_precision(truth, found, "bbox")
