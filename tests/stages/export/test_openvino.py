@@ -30,10 +30,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return found
 
 
-@pytest.mark.parametrize(
-    ("task", "kind"), [("semseg", "linear"), ("anomaly", "patchcore"), ("detect", "fcos")], ids=lambda word: word
-)
+@pytest.mark.parametrize(("task", "kind"), [("semseg", "linear"), ("anomaly", "patchcore")], ids=lambda word: word)
 def test_openvino_says_what_featprobe_says(workspace: Workspace, task: str, kind: str, tmp_path: Path) -> None:
+    """Heads that find objects are held by test_object_output."""
     options = ProbeOptions(head=kind, recipe=BRIEF, seeds=1, quiet=True, device="cpu")
     (row,) = probe(workspace, task, ["xray"], (), options).rows
     folder = workspace.probes / row["folder"]
@@ -51,5 +50,4 @@ def test_openvino_says_what_featprobe_says(workspace: Workspace, task: str, kind
         total += output.compare(found, predictor, levels)
     assert Parity(IMAGES, "", 0, total, "", 1, 0, 0).faults == []
     assert total.verdicts + total.near >= IMAGES or task == "semseg"
-    assert total.objects >= IMAGES or task != "detect"
     assert total.pixels or task != "semseg"
