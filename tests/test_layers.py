@@ -193,3 +193,36 @@ def test_the_check_lets_pass_what_is_allowed(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(text)
     assert violations(tmp_path) == []
+
+
+def file_of(module: str) -> Path | None:
+    """The file of a module of the package; None for what is none."""
+    place = PACKAGE.parent.joinpath(*module.split("."))
+    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
+
+
+def loaded_with(module: str) -> set[str]:
+    """All modules that are loaded when one of the package is imported, as far as the package itself names them."""
+    found, coming = set[str](), [module]
+    while coming:
+        module = coming.pop()
+        if module in found:
+            continue
+        found.add(module)
+        path = file_of(module)
+        if path is None or not module.startswith("featprobe"):
+            continue
+        coming += [module.rpartition(".")[0]] if "." in module else []
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import):
+                coming += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                coming += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return found
+
+
+def test_a_comparison_loads_no_network_and_no_torchvision() -> None:
+    """torchvision loads torch's compiler, which takes as long as torch itself."""
+    found = loaded_with("featprobe.stages.comparison.compare")
+    assert {"torch", "featprobe.probes.fcos", "featprobe.report.page"} <= found
+    assert not [name for name in found if name.split(".")[0] in ("torchvision", "timm")]

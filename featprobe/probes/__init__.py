@@ -10,7 +10,6 @@ from featprobe.probes.linear import LinearHead
 from featprobe.probes.losses import image_loss, inverse_sqrt_weights, level_loss, start_at_prior
 from featprobe.probes.paste import objects_at_original
 from featprobe.probes.pixel_classes import best_classes, logits_at_original, predict_classes
-from featprobe.probes.rcnn.rcnn_head import RcnnHead
 from featprobe.probes.saved import append_row, fingerprint, load_head, make_folder, save_head
 from featprobe.probes.train import CurvePoint, kept_point, train
 from featprobe.probes.upsample import UpsampleHead
@@ -26,7 +25,6 @@ __all__ = [
     "LinearHead",
     "ObjectHead",
     "ObjectTarget",
-    "RcnnHead",
     "UpsampleHead",
     "append_row",
     "best_classes",

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import batched_nms, box_area, nms
 
 MOST_DETECTIONS = 100  # per image, as in COCO
 CELLS_PER_OBJECT = 2.0  # how many cells the side of a small object should span
@@ -158,6 +157,8 @@ def object_sides(boxes: Tensor) -> tuple[float, ...]:
     """
     if not len(boxes):
         return ()
+    from torchvision.ops import box_area
+
     found = torch.quantile(box_area(boxes).sqrt(), torch.tensor([0.1, 0.5, 0.9]))
     return tuple(round(float(v), 2) for v in found)
 
@@ -211,6 +212,8 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, floor: f
 
     Boxes without an area, and boxes that score no more than the floor, are dropped.
     """
+    from torchvision.ops import batched_nms
+
     real = (boxes[:, 2:] > boxes[:, :2]).all(1) & (scores > floor)
     chosen = real.nonzero()[:, 0]
     return chosen[batched_nms(boxes[chosen], scores[chosen], labels[chosen], iou)[:MOST_DETECTIONS]]
@@ -223,6 +226,8 @@ def suppressed(boxes: Tensor, scores: Tensor, most: int, iou: float, floor: floa
     boxes: (batch, boxes, 4), x1 y1 x2 y2. scores: (batch, classes, boxes); what scores no more than the floor is
     dropped, and of what overlaps by more than `iou` all but the best. most: of one class in one image.
     """
+    from torchvision.ops import nms
+
     found = []
     for image in range(boxes.shape[0]):
         for category in range(scores.shape[1]):
@@ -341,6 +346,8 @@ def _kept(boxes: Tensor, labels: Tensor, scores: Tensor, iou: float) -> Tensor:
 
     boxes: (batch, boxes, 4). labels, scores: (batch, boxes); a score of 0 says that there is none.
     """
+    from torchvision.ops import nms
+
     chosen = scores.flatten().nonzero()[:, 0]
     image, flat = chosen // scores.shape[1], boxes.flatten(0, 1)
     own = flat[chosen]

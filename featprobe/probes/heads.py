@@ -22,7 +22,6 @@ from featprobe.probes.head import (
     faults_of,
 )
 from featprobe.probes.linear import LinearHead
-from featprobe.probes.rcnn.rcnn_head import RcnnHead
 from featprobe.probes.upsample import UpsampleHead
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
 from featprobe.probes.verdicts.classifiers import KnnClassifier, LinearClassifier
@@ -103,6 +102,8 @@ def _fcos(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
 
 
 def _rcnn(levels: Sequence[FeatureLevel], recipe: HeadRecipe) -> Head:
+    from featprobe.probes.rcnn.rcnn_head import RcnnHead  # torchvision takes seconds, and few commands need it
+
     masks = SCORES[recipe.task].on == "masks"
     return RcnnHead(levels, len(recipe.classes), _width(recipe), recipe.sides, recipe.pyramid, masks)
 

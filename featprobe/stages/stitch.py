@@ -7,7 +7,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_area, box_iou
 
 from featprobe.geometry import Part, Placement, Size
 from featprobe.probes import logits_at_original
@@ -101,6 +100,8 @@ def stitched_objects(pieces: Sequence[tuple[Objects, Part | None]], size: Size) 
 
 def _one_of_each(boxes: Tensor, found: Sequence[tuple[Instance, float, Part]], size: Size) -> list[int]:
     """Indices of the detections that stay; no more than one of them is held against the others at a time."""
+    from torchvision.ops import box_area, box_iou
+
     tile = torch.tensor([(p.left, p.top) for _, _, p in found])
     category = torch.tensor([instance.category for instance, _, _ in found])
     area = box_area(boxes)

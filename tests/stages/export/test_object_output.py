@@ -19,9 +19,10 @@ from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
-from featprobe.probes import Detections, FcosHead, ObjectHead, RcnnHead, objects_at_original
+from featprobe.probes import Detections, FcosHead, ObjectHead, objects_at_original
 from featprobe.probes.detections import Candidates, best_of, suppress
 from featprobe.probes.paste import paste_mask
+from featprobe.probes.rcnn.rcnn_head import RcnnHead
 from featprobe.stages.export.export import silence
 from featprobe.stages.export.graph import NEAR, Differences
 from featprobe.stages.export.object_output import ObjectOutput, at_original, matched, translations
