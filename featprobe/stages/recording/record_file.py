@@ -94,7 +94,11 @@ def record_bytes(records: Records) -> bytes:
     of_image = np.concatenate([np.arange(len(images)), defects.image, calls.image]).astype(np.intp)
     values: dict[str, Column] = {
         "record": _kinds(counts),
-        "number": np.concatenate([np.full(counts[0], -1), _numbers(defects.image), _numbers(calls.image)]),
+        "number": np.concatenate(
+            [np.full(counts[0], -1), _numbers(defects.image), _numbers(calls.image)],
+            dtype=np.int32,
+            casting="same_kind",
+        ),
         "score": _joined(images.score, np.where(np.isneginf(defects.score), np.nan, defects.score), calls.score),
         "contrast": _joined(counts[0], defects.contrast, counts[2]),
         "cut": np.concatenate([np.full(counts[0], -1), defects.cut, np.full(counts[2], -1)]).astype(np.int8),
@@ -114,7 +118,7 @@ def record_bytes(records: Records) -> bytes:
         codes, words = _texts(own)
         values[name] = np.concatenate([codes, np.full(counts[1] + counts[2], -1)]).astype(np.int32), words
     for i, name in enumerate(("height", "width")):
-        values[name] = np.concatenate([images.sizes[:, i], np.full(counts[1] + counts[2], -1)])
+        values[name] = np.concatenate([images.sizes[:, i], np.full(counts[1] + counts[2], -1)]).astype(np.int32)
     for i, name in enumerate(SPACING):
         values[name] = _joined(images.spacing[:, i], counts[1], counts[2])
     for of_kind, names in FIELDS.items():
