@@ -8,7 +8,7 @@
     ├── BackboneError             a model name, weights, a device
     │   └── LacksError            exit code 2: a level or a layer that was asked for, which the model lacks
     ├── CacheError                a cache file: its place, version, identity, contents
-    │   ├── CacheBusyError        another process is writing the same rows
+    │   ├── CacheBusyError        another process or thread is writing the same rows
     │   ├── CacheIncompleteError  rows are missing
     │   ├── NoMapsError           pooled features alone, where maps are wanted
     │   └── OverflowsDtypeError   a feature does not fit the cache's number format
@@ -71,7 +71,7 @@ class CacheError(FeatprobeError):
 
 
 class CacheBusyError(CacheError):
-    """Another process is writing the same rows of the same cache."""
+    """Another process or thread is writing the same rows of the same cache."""
 
 
 class CacheIncompleteError(CacheError):

@@ -8,6 +8,7 @@ the bytes of memory that it took beyond those in use before, and the seconds of 
 
 import hashlib
 import json
+import os
 import resource
 import struct
 import sys
@@ -22,7 +23,18 @@ import pyarrow as pa
 
 from featprobe.errors import ProbeError
 from featprobe.io.parquet import KEY, SEAL, SEALED, UNSEALED
-from featprobe.metrics.defects.records import About, Calls, Defects, FoundRule, Images, Records
+from featprobe.metrics.defects.records import (
+    DEFECT,
+    GOOD,
+    NOTHING,
+    TOUCHES,
+    About,
+    Calls,
+    Defects,
+    FoundRule,
+    Images,
+    Records,
+)
 from featprobe.stages.recording.record_file import COLUMNS, RECORDS, read_records, record_bytes
 
 BOOL, BYTE, I32, I64, BINARY, LIST, STRUCT = 1, 3, 5, 6, 8, 9, 12
@@ -163,7 +175,8 @@ def _chunk(out: bytearray, table: Table, name: str, rows: int) -> dict[int, Any]
     kind = COLUMNS[name]
     pages = table.spoilt.get(name) or [nothing(kind, rows)]
     start = len(out)
-    written = [page.bytes(table.codec[1]) for page in pages]
+    made = {id(page): page.bytes(table.codec[1]) for page in {id(page): page for page in pages}.values()}
+    written = [made[id(page)] for page in pages]
     out += b"".join(written)
     path = [b"finds", b"list", b"element"] if kind == "ints" else [name.encode()]
     values = table.listed if kind == "ints" and table.listed >= 0 else rows
@@ -247,31 +260,55 @@ HOSTILE: Mapping[str, Callable[[], Table]] = {
 """Each must be refused in words."""
 
 
-def records(names: Sequence[str], calls: int = 0) -> bytes:
-    """A table that is as it should be, of images with these names, and calls in the last of them."""
-    images, call = len(names), np.full(calls, len(names) - 1)
+def records(names: Sequence[str], calls: int = 0, defects: int = 0, *, measured: bool = False) -> bytes:
+    """A table that is as it should be, of images with these names, and calls and defects in the last of them.
+
+    Each call finds each defect. measured: names have hashes, and calls have sizes, that hardly pack.
+    """
+    images, rng = len(names), np.random.default_rng(0)
+    of_call, of_defect = (np.full(own, images - 1) for own in (calls, defects))
     unknown = np.full((images, 2), np.nan, np.float32)
+    good = np.full(images, GOOD, np.uint8)
+    good[of_defect] = DEFECT
+    drawn = rng.bytes(16 * images).hex()
+    hashes = tuple(drawn[32 * i : 32 * i + 32] for i in range(images)) if measured else ("0" * 32,) * images
+    files = tuple(f"images/{name}.png" for name in names) if measured else ("file",) * images
     whole = Images(
-        tuple(names), ("group",) * images, ("test",) * images, ("file",) * images, ("0" * 64,) * images,
-        np.zeros(images, np.uint8), unknown[:, 0], unknown, np.ones((images, 2), np.intp),
+        tuple(names), tuple(name[:12] for name in names) if measured else ("group",) * images, ("test",) * images,
+        files, hashes, good, unknown[:, 0], unknown, np.ones((images, 2), np.intp),
     )  # fmt: skip
-    none, some = (
-        (np.zeros(n, np.uint8), *np.zeros((3, n, 4), np.float32), np.zeros(n, np.float32)) for n in (0, calls)
-    )
-    defects = Defects(call[:0], *none, np.zeros(0, np.float32), np.zeros(0, bool))
+
+    def objects(count: int) -> tuple[Any, ...]:
+        sizes = rng.random((3, count, 4), np.float32) if measured else np.zeros((3, count, 4), np.float32)
+        return np.zeros(count, np.uint8), *sizes, np.zeros(count, np.float32)
+
+    own = Defects(of_defect, *objects(defects), np.zeros(defects, np.float32), np.zeros(defects, bool))
     about = About("semseg", "linear", HEAD, ("background", "crack"), FoundRule(), 0.5, "validation", parts=True)
-    pairs = np.zeros((0, 2), np.intp)
-    return record_bytes(Records(about, whole, defects, Calls(call, *some, np.zeros(calls, np.uint8)), pairs))
+    pairs = np.stack(np.divmod(np.arange(calls * defects), max(1, defects)), axis=1)
+    touched = np.full(calls, TOUCHES if defects else NOTHING, np.uint8)
+    return record_bytes(Records(about, whole, own, Calls(of_call, *objects(calls), touched), pairs))
+
+
+def _names(count: int) -> list[str]:
+    return [f"line2/part{i // 5:06}/view{i % 5}" for i in range(count)]
 
 
 LARGEST: Mapping[str, Callable[[], bytes]] = {
     "small": lambda: records(["a", "b"], 100),
-    "as many rows as there is room for": lambda: records(["a"], 1_300_000),
+    "as many rows as there is room for": lambda: records(["a"], 1_600_000),
     "as long a word of other letters": lambda: records(["\u0101" + "a" * (22 << 20)]),  # two bytes a letter
     "as many words as there is room for": lambda: records([f"{i:06}" for i in range(550_000)]),
-    "as long a word of rare letters": lambda: records(["\U0001f9f1" + "a" * (4_000_000)]),  # four bytes a letter
+    "as long a word of rare letters": lambda: records(["\U0001f9f1" + "a" * (22 << 20)]),  # four bytes a letter
+    "as many names and hashes as there is room for": lambda: records(_names(290_000), measured=True),
+    "as many finds as there is room for": lambda: records(["a"], 5_000, 1_100),
+    "calls that hardly pack": lambda: records(["a"], 500_000, measured=True),
 }
 """Each is sound, must be read, and may take no more memory than others."""
+TOO_LARGE: Mapping[str, Callable[[], bytes]] = {
+    "more rows": lambda: records(["a"], 1_800_000),
+    "more words": lambda: records([f"{i:06}" for i in range(700_000)]),
+}
+"""Each is sound, but would take more memory than others may, and must be refused."""
 
 
 # ---- reading under watch ---------------------------------------------------------------------------------------------
@@ -299,14 +336,30 @@ def taken(folder: Path) -> tuple[str, int, float]:
     return ended, used("VmHWM") - before, time.process_time() - begun
 
 
+def apart(work: Callable[[], Any]) -> Any:
+    """What work gives, as JSON holds it, in a process of its own: memory that it leaves would hide what others take."""
+    out, into = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(into, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(into)
+    with open(out, "rb") as stream:
+        said = stream.read()
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return json.loads(said) if said else [f"its process ended with {ended}", 0, 0.0]
+
+
 def main(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (FUSE, FUSE))
     tables = {name: lambda own=own: written(own()) for name, own in HOSTILE.items()}
-    for name, made in {**LARGEST, **tables}.items():
+    for name, made in {**LARGEST, **TOO_LARGE, **tables}.items():
         path = folder / name / RECORDS
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(made())
-        print(json.dumps([name, path.stat().st_size, *taken(path.parent)]), flush=True)
+        apart(lambda path=path, made=made: path.write_bytes(made()))
+        print(json.dumps([name, path.stat().st_size, *apart(lambda path=path: taken(path.parent))]), flush=True)
 
 
 if __name__ == "__main__":

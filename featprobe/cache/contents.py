@@ -30,10 +30,11 @@ from featprobe.cache.layout import (
     part_shapes,
     table_shapes,
 )
-from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets, Texts
+from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable, Targets
 from featprobe.errors import CacheError
 from featprobe.geometry import IDENTITY, MOST_SIDE, TURNS
 from featprobe.image_labels import MOST_NAMES, UNKNOWN
+from featprobe.io.packed_texts import Texts
 from featprobe.specs import DataInfo, FeatureRecipe
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from featprobe.errors import CacheError
 from featprobe.geometry import Part, Placement, Size
+from featprobe.io.packed_texts import Texts
 
 TARGET_KINDS = ("semantic", "instances")
 PIECE = 1 << 22  # bytes of labels that are read at once
@@ -51,37 +52,6 @@ class Blob(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: slice, /) -> bytes: ...
-
-
-class Texts(Sequence[str]):
-    """Many texts stored in one, at a few bytes per text beside its characters. Raises UnicodeError for bad Unicode."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self._all = "".join(texts)
-        self._all.encode()
-        ends = np.cumsum([0, *map(len, texts)], dtype=np.int64)
-        self._ends = ends.astype(np.uint32) if len(self._all) < 1 << 32 else ends
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __repr__(self) -> str:
-        return f"Texts({len(self)})"
-
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return self.to_list()[index]
-        i = range(len(self))[index]
-        return self._all[self._ends[i] : self._ends[i + 1]]
-
-    def to_list(self) -> list[str]:
-        """All texts."""
-        text = self._all
-        return [text[start:stop] for start, stop in pairwise(self._ends.tolist())]
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ Order per group of rows: features and checksums, then fdatasync, then `done`. Ev
 row that is marked whole is whole.
 """
 
-import fcntl
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +20,7 @@ from featprobe.cache.layout import MISSING, UNREADABLE, WHOLE, encode_reason, ro
 from featprobe.cache.rows import checksum
 from featprobe.errors import CacheBusyError, CacheError, ShapeError
 from featprobe.io.disk import make_folders, open_regular
+from featprobe.io.locks import lock_bytes, unlock_bytes
 
 CREATION_BYTE = 1 << 40  # of the lock file: past every row's byte
 GROUP_BYTES = 256 << 20  # of rows that are written but not marked: from this size on the next write marks them
@@ -197,14 +197,14 @@ class CacheWriter:
         if row < 0 or row * extent.row_bytes + view.nbytes > extent.rows * extent.row_bytes:
             raise ShapeError(f"{self.path} has {extent.rows} rows: none can be written at row {row}, {name}.")
         first = offset = extent.offset + row * extent.row_bytes
-        fcntl.lockf(self.handle, fcntl.LOCK_EX, data.nbytes, first)  # makes NFS clients write through
+        lock_bytes(self.handle, first, data.nbytes)  # makes NFS clients write through
         try:
             with self._refusal(f"at row {row}, {name}"):
                 while view:
                     written = write_some(self.handle, view, offset)
                     view, offset = view[written:], offset + written
         finally:
-            fcntl.lockf(self.handle, fcntl.LOCK_UN, data.nbytes, first)
+            unlock_bytes(self.handle, first, data.nbytes)
 
     def _sync(self, row: int) -> None:
         """Bring the written bytes to the disk. After one failure every later call fails too.
@@ -242,9 +242,10 @@ def _runs(group: Mapping[int, int]) -> Iterator[tuple[int, list[int]]]:
 class RowLocks:
     """Locks on the rows of a cache: ranges of bytes, one byte per row, of a lock file beside the cache.
 
-    Locks belong to the process and end with it, however it ends. The lock file stays, also when the cache is removed:
-    a process that had opened it before would otherwise hold locks that nobody else sees. The cache file itself is never
-    locked as a whole, so that readers are free.
+    Locks belong to this object, on Linux also among the threads of a process (see `featprobe.io.locks`), and end with
+    the process, however it ends. The lock file stays, also when the cache is removed: a process that had opened it
+    before would otherwise hold locks that nobody else sees. The cache file itself is never locked as a whole, so that
+    readers are free.
     """
 
     def __init__(self, path: Path) -> None:
@@ -264,32 +265,42 @@ class RowLocks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with suppress(OSError):
+            unlock_bytes(self.handle)  # a process that was forked meanwhile has the file open, too
         os.close(self.handle)
 
     def wait_for_creation(self) -> None:
-        """Wait until no other process makes or replaces the file, and then keep others from doing so."""
-        fcntl.lockf(self.handle, fcntl.LOCK_EX, 1, CREATION_BYTE)
+        """Wait until nobody else makes or replaces the file, and then keep others from doing so."""
+        self._lock(CREATION_BYTE, 1, wait=True)
 
     def end_creation(self) -> None:
         """Allow others to make or replace the file."""
-        fcntl.lockf(self.handle, fcntl.LOCK_UN, 1, CREATION_BYTE)
+        unlock_bytes(self.handle, CREATION_BYTE, 1)
 
     def claim_all(self) -> None:
-        """Lock every row, whatever their number. Raises CacheBusyError where another process holds some of them."""
+        """Lock every row, whatever their number. Raises CacheBusyError where somebody else holds some of them."""
         self.claim(0, CREATION_BYTE)
 
     def release(self) -> None:
         """Unlock all rows."""
-        fcntl.lockf(self.handle, fcntl.LOCK_UN, CREATION_BYTE, 0)
+        unlock_bytes(self.handle, 0, CREATION_BYTE)
 
     def claim(self, start: int, stop: int) -> None:
-        """Lock rows [start, stop) for this process. Raises CacheBusyError where another process holds some of them."""
-        if start >= stop:
-            return
+        """Lock rows [start, stop). Raises CacheBusyError where somebody else holds some of them."""
+        if start < stop:
+            self._lock(start, stop - start, wait=False)
+
+    def _lock(self, start: int, length: int, *, wait: bool) -> None:
         try:
-            fcntl.lockf(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB, stop - start, start)
-        except OSError as error:
+            lock_bytes(self.handle, start, length, wait=wait)
+        except BlockingIOError as error:
             raise CacheBusyError(
-                f"Another process is extracting into {self.path} right now, into the same rows.\n"
+                f"Another extraction is writing into {self.path} right now, into the same rows.\n"
                 "Nothing was changed. Wait for it, or let several share the work:  featprobe extract … --shard 1/2"
+            ) from error
+        except OSError as error:
+            raise CacheError(
+                f"The rows of {self.path} can't be locked ({error.strerror}). Nothing was changed.\n"
+                "The folder needs a file system with locks, as `featprobe doctor` looks for:  "
+                "featprobe --workspace DIR extract …"
             ) from error

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from featprobe.errors import DiskError, FileKindError
+from featprobe.io.locks import lock_bytes
 from featprobe.machine import available_memory
 
 Content = bytes | str
@@ -175,11 +176,11 @@ def filter_lines(path: Path, keep: Callable[[bytes], bool]) -> int:
 
 @contextmanager
 def _locked(path: Path, flags: int) -> Iterator[BinaryIO]:
-    """A file that no other process appends to or filters meanwhile. Raises OSError, FileKindError."""
+    """A file that nobody else appends to or filters meanwhile. Raises OSError, FileKindError."""
     while True:
         handle, now = open_regular(path, flags), None
         with open(handle, "rb", buffering=0) as file:
-            fcntl.lockf(handle, fcntl.LOCK_EX)
+            lock_bytes(handle)
             with suppress(FileNotFoundError):
                 now = os.stat(path, follow_symlinks=False)
             if now is not None and os.path.samestat(os.fstat(handle), now):

@@ -2,7 +2,8 @@
 
 Of a column every value is of one kind, and may be missing:
 
-    text    (codes, words): int32 (rows,), places among the words, -1 for none; the words, each once
+    text    (codes, words): int32 (rows,), places among the words, -1 for none; the words, each once where they
+            are written, and `Texts` where they were read
     int     int32 (rows,), >= 0; -1 for none
     float   float32 (rows,); nan for none
     bool    int8 (rows,), 0 or 1; -1 for none
@@ -22,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.io.disk import parse_json, read_regular
+from featprobe.io.packed_texts import Texts
 from featprobe.io.parquet_pages import Claims, claims_of
 
 Kind = Literal["text", "int", "float", "bool", "ints"]
@@ -33,16 +35,16 @@ SEALED, SEAL = b"seal", b"featprobe-seal-"
 """Where in the metadata the seal lies, and how it begins; then comes the sha256 of the file with UNSEALED there."""
 UNSEALED = SEAL + b"0" * 64
 LARGEST_TEXT = 1 << 24  # bytes of a text in a file's own description
-MOST_RARE = 1 << 22  # letters of a column's texts that may be any of Unicode's
+LONGEST_WORD = 1 << 25  # bytes of a text in a column: a letter takes up to four when it is looked at
 MOST_COLUMNS = 1 << 20  # entries of a list in a file's own description
 ROOM = 190 << 20
-BACKED = 30
-"""A table may take as many bytes in memory as its file has and ROOM more, or BACKED times those of its packed columns.
-For a million numbers that were measured 7 times are needed, for the names and hashes of a million images 26 times."""
-BYTES_OF: Mapping[Kind, int] = {"text": 3, "int": 4, "float": 4, "bool": 2, "ints": 12}
-"""Bytes that a value takes while it is read and used."""
-WORD, PER_TEXT_BYTE = 80, 6
-"""Bytes that a word takes, and each of its bytes, while it is read and used."""
+"""A table may take as many bytes in memory as its file has and ROOM more, beside the file itself. pyarrow's code takes
+what is left of 256 MB."""
+BYTES_OF: Mapping[Kind, int] = {"text": 2, "int": 4, "float": 3, "bool": 2, "ints": 8}
+"""Bytes that a value takes while its column is read, and those that are read already are used."""
+LISTED = 32  # bytes that a number in a list takes
+WORD, PER_TEXT_BYTE = 60, 7
+"""Bytes that a word and each of its bytes take while pyarrow decodes its column, beside a table of hashes."""
 
 
 def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, Any]) -> bytes:
@@ -50,16 +52,18 @@ def table_bytes(columns: Mapping[str, tuple[Kind, Column]], about: Mapping[str, 
     import pyarrow as pa  # it takes time, and most commands need none of it
     import pyarrow.parquet as pq
 
-    arrays = {name: _to_arrow(kind, column) for name, (kind, column) in columns.items()}
     said = {KEY: json.dumps(about, allow_nan=False).encode(), SEALED: UNSEALED}
-    table = pa.table(arrays).replace_schema_metadata(said)
+    table = pa.table({name: _to_arrow(kind, column) for name, (kind, column) in columns.items()})
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", write_statistics=False,
+        table.replace_schema_metadata(said), sink, compression="zstd", write_statistics=False,
         use_dictionary=[name for name, (kind, _) in columns.items() if kind == "text"],
     )  # fmt: skip
-    data = sink.getvalue().to_pybytes()
-    return data.replace(UNSEALED, SEAL + hashlib.sha256(data).hexdigest().encode())
+    del table
+    data = memoryview(sink.getvalue())
+    place = next(re.finditer(re.escape(UNSEALED), data)).start()
+    seal = SEAL + hashlib.sha256(data).hexdigest().encode()
+    return b"".join([data[:place], seal, data[place + len(seal) :]])
 
 
 def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, Mapping[str, Column]]:
@@ -72,7 +76,7 @@ def read_table(path: Path, kinds: Mapping[str, Kind], most: int) -> tuple[Any, M
     data = read_regular(path, most)
     _check_seal(data)
     claims = claims_of(data, kinds)
-    _check_room(claims, kinds, min(most, max(len(data) + ROOM, BACKED * claims.packed)))
+    _check_room(claims, kinds, min(most, len(data) + ROOM))
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -97,11 +101,18 @@ class _Columns(Mapping[str, Column]):
         self._file, self._kinds = file, kinds
 
     def __getitem__(self, name: str) -> Column:
+        import pyarrow as pa
+
         kind = self._kinds[name]
         with _refusing():
-            table = self._file.read(columns=[name], use_threads=False).unify_dictionaries()
-            table.validate(full=True)
-            return _from_arrow(kind, table.column(0).combine_chunks())
+            found = self._decoded(kind, name)
+        pa.default_memory_pool().release_unused()  # which would stay beside the columns that follow
+        return found
+
+    def _decoded(self, kind: Kind, name: str) -> Column:
+        table = self._file.read(columns=[name], use_threads=False).unify_dictionaries()
+        table.validate(full=True)
+        return _from_arrow(kind, table.column(0).combine_chunks())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kinds)
@@ -158,31 +169,38 @@ def _from_arrow(kind: Kind, array: Any) -> Column:
 
     match kind:
         case "text":
-            _check_letters(array.dictionary)
-            codes = pc.fill_null(array.indices, -1).to_numpy(zero_copy_only=False)
-            return codes.astype(np.int32, copy=False), tuple(array.dictionary.to_pylist())
+            return _own(pc.fill_null(array.indices, -1).cast("int32")), _words(array.dictionary)
         case "int":
-            _check_least(found := pc.fill_null(array, -1).to_numpy(zero_copy_only=False))
+            _check_least(found := _own(pc.fill_null(array, -1)))
             return found
         case "float":
-            return pc.fill_null(array, float("nan")).to_numpy(zero_copy_only=False)
+            return _own(pc.fill_null(array, float("nan")))
         case "bool":
-            return pc.fill_null(array.cast("int8"), -1).to_numpy(zero_copy_only=False)
+            return _own(pc.fill_null(array.cast("int8"), -1))
         case "ints":
             if array.null_count or array.flatten().null_count:
                 raise ValueError("a list, or a number in one, is missing")
-            values = array.flatten().to_numpy(zero_copy_only=False)
-            return values, array.value_lengths().to_numpy(zero_copy_only=False)
+            return _own(array.flatten()), _own(array.value_lengths())
 
 
-def _check_letters(words: Any) -> None:
-    """Raise ValueError for words that take far more memory than their bytes: one rare letter makes all take four."""
-    import pyarrow.compute as pc
+def _own(array: Any) -> NDArray[Any]:
+    """The values of an array in memory of their own, so that nothing of pyarrow's is held by them."""
+    return np.array(array.to_numpy(zero_copy_only=False))
 
-    held = words.buffers()[2]
-    rare = held is not None and bool((np.frombuffer(held, np.uint8) >= 0xF0).any())  # where UTF-8 needs four bytes
-    if rare and pc.sum(pc.utf8_length(words)).as_py() > MOST_RARE:
-        raise ValueError(f"it has texts of more than {MOST_RARE} letters, with rare ones among them")
+
+def _words(array: Any) -> Texts:
+    """The words of a column. Raises ValueError for one that is missing or longer than LONGEST_WORD."""
+    if array.null_count:
+        raise ValueError("a word of a column is missing")
+    if not len(array):
+        return Texts(())
+    _, held, data = array.buffers()
+    ends = np.frombuffer(held, np.int32)[array.offset : array.offset + len(array) + 1]
+    begin, end = int(ends[0]), int(ends[-1])
+    words = Texts.of_bytes(bytes(memoryview(data)[begin:end]) if data else b"", ends - begin)
+    if words.longest > LONGEST_WORD:
+        raise ValueError(f"it has a text of {words.longest} bytes, and at most {LONGEST_WORD} are taken")
+    return words
 
 
 def _check_least(values: NDArray[np.int32]) -> None:
@@ -226,7 +244,16 @@ def _check_seal(data: bytes) -> None:
 
 def _check_room(claims: Claims, kinds: Mapping[str, Kind], room: int) -> None:
     """Raise ValueError where a table takes more memory than there is room for."""
-    wanted = claims.rows * sum(BYTES_OF[kind] for kind in kinds.values()) + claims.listed * BYTES_OF["ints"]
-    wanted += claims.words * WORD + claims.text_bytes * PER_TEXT_BYTE + 2 * claims.page
+    wanted = claims.rows * sum(BYTES_OF[kind] for kind in kinds.values()) + claims.listed * LISTED + 2 * claims.page
+    wanted += sum(size for _, size in claims.texts)  # which are kept
+    wanted += max((_hashed(words) + words * WORD + size * PER_TEXT_BYTE for words, size in claims.texts), default=0)
     if wanted > room:
         raise ValueError(f"it claims {wanted} bytes in memory, and {room} are left for it")
+
+
+def _hashed(words: int) -> int:
+    """Bytes of the table in which pyarrow looks words up, with the one that it grew from by four."""
+    places = 32
+    while places < 2 * words:
+        places *= 4
+    return 20 * places

@@ -48,14 +48,14 @@ MOST_FIELDS = 1 << 15  # numbers of fields have 16 bits: greater ones would mean
 class Claims:
     """What a file claims to hold in the wanted columns.
 
-    rows: of the table. listed: numbers in lists. words: texts that are written out, and text_bytes of them all. page:
-    bytes of the largest page, unpacked.
+    rows: of the table. listed: numbers in lists. texts: of each column of texts how many are written out, and their
+    bytes, unpacked. page: bytes of the largest page of other columns, unpacked. packed: bytes of the file that the
+    columns take.
     """
 
     rows: int
     listed: int
-    words: int
-    text_bytes: int
+    texts: tuple[tuple[int, int], ...]
     page: int
     packed: int
 
@@ -93,7 +93,7 @@ def _claims(data: bytes, kinds: Mapping[str, str]) -> Claims:
     if len(groups) > 1 + rows // ROWS_PER_GROUP or rows != sum(_whole(group[3]) for group in groups):
         raise ValueError("its groups have other rows than it claims")
     leaves = _leaves(said[2])
-    held: dict[str, list[_Pages]] = {kind: [] for kind in PHYSICAL}
+    held: dict[str, list[_Pages]] = {name: [] for name in kinds}
     packed = 0
     for group in groups:
         if len(group[1]) != len(leaves):
@@ -107,15 +107,18 @@ def _claims(data: bytes, kinds: Mapping[str, str]) -> Claims:
                 fits = pages.values >= group[3] if kind == "ints" else pages.values == group[3]
                 if pages.values != about[5] or not fits:
                     raise ValueError(f"{name}: it has other rows than the table")
-                held[kind].append(pages)
+                held[name].append(pages)
     if packed > len(data):
         raise ValueError("its columns share bytes")
     return Claims(
         rows=rows,
-        listed=sum(own.values for own in held["ints"]),
-        words=sum(own.words for own in held["text"]),
-        text_bytes=sum(own.unpacked for own in held["text"]),
-        page=max((own.largest for every in held.values() for own in every), default=0),
+        listed=sum(own.values for name, every in held.items() if kinds[name] == "ints" for own in every),
+        texts=tuple(
+            (sum(own.words for own in every), sum(own.unpacked for own in every))
+            for name, every in held.items()
+            if kinds[name] == "text"
+        ),
+        page=max((own.largest for name, every in held.items() if kinds[name] != "text" for own in every), default=0),
         packed=packed,
     )
 

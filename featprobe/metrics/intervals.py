@@ -137,8 +137,8 @@ def grouped(groups: Sequence[str]) -> tuple[Names, NDArray[np.intp]]:
     >>> names, index.tolist()
     (('a', 'b'), [1, 0, 1])
     """
-    names, index = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    return tuple(names.tolist()), index
+    place = {name: i for i, name in enumerate(sorted(set(groups)))}  # an array of texts would be as wide as the longest
+    return tuple(place), np.fromiter((place[name] for name in groups), np.intp, len(groups))
 
 
 def jackknifed(

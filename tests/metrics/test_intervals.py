@@ -1,6 +1,7 @@
 """Intervals, paired differences, modality gaps and Holm's correction: hand-counted cases, and laws that must hold."""
 
 import math
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -28,7 +29,7 @@ from featprobe.metrics import (
     score_interval,
     studentised_interval,
 )
-from featprobe.metrics.intervals import INTERVALS, draw_weights
+from featprobe.metrics.intervals import INTERVALS, draw_weights, grouped
 from featprobe.scores import FEW_GROUPS
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -444,3 +445,13 @@ def test_holm_keeps_the_order_and_stays_between_the_p_value_and_bonferronis(p_va
     assert rising == sorted(rising)
     order = random.sample(range(len(p_values)), len(p_values))
     assert holm([p_values[i] for i in order]) == tuple(adjusted[i] for i in order)
+
+
+def test_one_long_name_does_not_widen_all_others() -> None:
+    long, names = "a" * 1_000_000, [f"part{i % 7}" for i in range(100)]
+    tracemalloc.start()
+    found, index = grouped([*names, long])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == (long, *sorted(set(names))) and [found[i] for i in index] == [*names, long]
+    assert most < 1_000_000

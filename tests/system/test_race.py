@@ -1,8 +1,10 @@
 """Several processes on one cache at once: one file, every row right; and clear words where they collide."""
 
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -126,7 +128,7 @@ def test_a_second_process_on_the_same_rows_is_refused_at_once_and_the_first_goes
         extract(tmp_path, data)
     assert first.is_alive()  # it has seconds to go, so the second did not wait for it
     text = str(caught.value)
-    assert "Another process is extracting" in text and str(find_file(tmp_path)) in text and "--shard 1/2" in text
+    assert "Another extraction is writing" in text and str(find_file(tmp_path)) in text and "--shard 1/2" in text
     first.join(60)
     assert first.exitcode == 0
     assert stored(find_file(tmp_path)) == single
@@ -173,3 +175,31 @@ def test_rows_of_a_killed_process_are_free_again_and_other_rows_always_were(tmp_
         child.kill()
         child.join()
         locks.claim_all()
+
+
+def in_threads(work: Callable[[int], Any], count: int) -> list[Any]:
+    """What work gives in threads that begin at once, or the error that it ends in."""
+    barrier = threading.Barrier(count)
+
+    def begin(i: int) -> Any:
+        barrier.wait(60)
+        try:
+            return work(i)
+        except CacheBusyError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(begin, range(count)))
+
+
+def test_of_two_threads_on_the_same_rows_one_is_refused_and_the_other_goes_on(data, single, tmp_path):
+    answers = in_threads(lambda i: extract(tmp_path, data, PoolingBackbone(pause=0.3)), 2)
+    assert sorted(isinstance(answer, CacheBusyError) for answer in answers) == [False, True]
+    assert stored(find_file(tmp_path)) == single
+
+
+def test_shards_in_threads_make_one_right_file(data, single, tmp_path):
+    answers = in_threads(lambda i: extract(tmp_path, data, shard=(i + 1, 3)), 3)
+    assert sum(answer.computed for answer in answers) == IMAGES
+    assert stored(find_file(tmp_path)) == single
+    assert all(isinstance(found, int) for found in verify(find_file(tmp_path)))

@@ -6,11 +6,12 @@ below it whole, so one pass over the records gives the numbers at every threshol
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from featprobe.io.packed_texts import Texts
 
 GOOD, DEFECT, UNKNOWN = 1, 0, 2
 """What is known of an image: it holds no defect; it holds one; it holds an ignored region and no defect."""
@@ -64,11 +65,11 @@ class Images:
     files, hashes: its place below the root of its set, and the hash of its bytes in the cache.
     """
 
-    ids: tuple[str, ...]
-    groups: tuple[str, ...]
-    splits: tuple[str, ...]
-    files: tuple[str, ...]
-    hashes: tuple[str, ...]
+    ids: Sequence[str]
+    groups: Sequence[str]
+    splits: Sequence[str]
+    files: Sequence[str]
+    hashes: Sequence[str]
     good: NDArray[np.uint8]
     score: Floats
     spacing: Floats
@@ -127,7 +128,7 @@ class Records:
 
     def of(self, split: str) -> "Records":
         """The records of the images of one split."""
-        return self._kept(np.array([own == split for own in self.images.splits], dtype=bool))
+        return self._kept(np.fromiter((own == split for own in self.images.splits), bool, len(self.images)))
 
     def with_least_area(self, pixels: float) -> "Records":
         """The records without calls of fewer pixels. What a defect is found at follows from the other calls."""
@@ -225,11 +226,13 @@ def _made(part: Part, value: Callable[[str], Any]) -> Part:
 
 
 def _picked(values: Any, index: Indices) -> Any:
-    return tuple(values[i] for i in index) if isinstance(values, tuple) else values[index]
+    return values[index] if isinstance(values, np.ndarray) else Texts.of(values).some(index)
 
 
 def _chained(values: Sequence[Any]) -> Any:
-    return tuple(chain(*values)) if isinstance(values[0], tuple) else np.concatenate(values)
+    if isinstance(values[0], np.ndarray):
+        return np.concatenate(values)
+    return Texts.joined([Texts.of(own) for own in values])
 
 
 def _of_images(images: Indices) -> dict[str, NDArray[Any]]:

@@ -106,8 +106,8 @@ def class_lines(own: Inspection) -> list[Line]:
     return [{"class": each.name, **{k: v for k, v in asdict(each).items() if k != "name"}} for each in own.missed]
 
 
-def missed_lines(own: Inspection) -> list[Line]:
-    """The defects that are missed, the largest first."""
+def missed_lines(own: Inspection, most: int | None = None) -> list[Line]:
+    """The defects that are missed, the largest first. most: of them, so many at most."""
     defects, images = own.records.defects, own.records.images
     missed = np.flatnonzero(~own.found)
     sizes = np.nan_to_num(defects.size(own.size, own.unit)[missed], nan=-1.0)
@@ -121,7 +121,7 @@ def missed_lines(own: Inspection) -> list[Line]:
             "score": None if np.isneginf(defects.score[i]) else float(defects.score[i]),
             "part": images.groups[int(defects.image[i])],
         }
-        for i in missed[np.argsort(-sizes, kind="stable")].tolist()
+        for i in missed[np.argsort(-sizes, kind="stable")][:most].tolist()
     ]
 
 
@@ -170,7 +170,7 @@ def whole_line(own: Inspection, most: int | None = None) -> Line:
         "froc": froc_lines(own),
         "without_defect": own.froc.without,
         "by_class": class_lines(own),
-        "missed": missed_lines(own)[:most],
+        "missed": missed_lines(own, most),
         "parts": part_lines(own),
         "pod": None if own.pod is None else _listed(asdict(own.pod)),
         "notes": list(own.notes),

@@ -11,6 +11,7 @@ from scipy.special import logit
 from featprobe.errors import counted, figures
 from featprobe.metrics.defects.operating import Counts
 from featprobe.metrics.defects.records import Records, Size, Unit
+from featprobe.metrics.intervals import grouped
 from featprobe.metrics.pod.conditions import UNCHECKED
 from featprobe.metrics.pod.floor_ceiling import FloorCeiling, floor_ceiling
 from featprobe.metrics.pod.hit_miss import hit_miss
@@ -89,8 +90,8 @@ def pod_of(
     )
     if records.about.pooled:
         return answer
-    names = np.unique(np.asarray(images.groups), return_inverse=True)[1] if records.about.parts else range(len(images))
-    return _fitted(answer, records, known, np.asarray(names)[defects.image[known]], thresholds)
+    cluster = grouped(images.groups)[1] if records.about.parts else np.arange(len(images))
+    return _fitted(answer, records, known, cluster[defects.image[known]], thresholds)
 
 
 def _fitted(

@@ -86,10 +86,10 @@ def _truth(prepared: Prepared, split: str) -> SplitTruth:
 
 
 def _about(prepared: Prepared, rule: FoundRule, base: float, come_from: Literal["validation", "default", ""]) -> About:
-    ids, groups = (prepared.cache.images.column(name) for name in ("id", "group"))
+    texts = prepared.cache.images.texts
     return About(
         prepared.training.task, prepared.training.kind.name, "", prepared.cache.data.classes, rule, base, come_from,
-        parts=list(ids) != list(groups),
+        parts=texts["id"] != texts["group"],
     )  # fmt: skip
 
 

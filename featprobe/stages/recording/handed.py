@@ -1,6 +1,7 @@
 """What heads find on the images of a split, handed to one watch after another; memory holds it where it can."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from featprobe.stages.training.prepared import Prepared
 from featprobe.targets import Labels
 
 MEMORY_SHARE = 0.125  # of the available memory, for maps that are kept
+PIECE, ALIGNED = 1 << 25, 64  # bytes that maps are kept in together, of which the system gives what is filled
+NOTHING = np.empty(0, np.uint8)
 
 
 class Findings:
@@ -47,16 +50,33 @@ class _Kept(Watch):
     def __init__(self, watch: Watch, room: float) -> None:
         self.watch, self.left = watch, room
         self.maps: dict[tuple[int, int], tuple[NDArray[np.float32], Labels | None]] = {}
+        self._piece = NOTHING  # what is free of the memory in which the maps lie
 
     def pixels(self, head: int, image: int, values: NDArray[np.float32], classes: Labels | None) -> None:
         """See `Watch`."""
         self.watch.pixels(head, image, values, classes)
-        if (head, image) not in self.maps:  # else what is handed over again is as large
-            self.left -= values.nbytes + (0 if classes is None else classes.nbytes)
+        there = self.maps.get((head, image))
+        if there is not None:  # it is handed over again, and as large
+            for own, now in zip(there, (values, classes), strict=True):
+                if own is not None and now is not None:
+                    own[...] = now
+            return
+        self.left -= values.nbytes + (0 if classes is None else classes.nbytes)
         if self.left >= 0:
-            self.maps[head, image] = values, classes
+            self.maps[head, image] = self._copied(values), None if classes is None else self._copied(classes)
         else:
             self.maps.clear()
+            self._piece = NOTHING
+
+    def _copied(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The same values in the piece, or in a new one: many small arrays would leave holes between what stays."""
+        size = -(-values.nbytes // ALIGNED) * ALIGNED
+        if size > len(self._piece):
+            self._piece = np.empty(max(size, PIECE), np.uint8)
+        own, self._piece = self._piece[: values.nbytes], self._piece[size:]
+        copied = own.view(values.dtype).reshape(values.shape)
+        copied[...] = values
+        return copied
 
     def objects(self, head: int, image: int, objects: Objects) -> None:
         """See `Watch`."""

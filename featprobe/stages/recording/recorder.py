@@ -32,7 +32,7 @@ from featprobe.stages.recording.watch import Watch
 from featprobe.stages.stitch import Objects
 from featprobe.targets import Labels
 
-RUNS_AT_ONCE = 1 << 16  # of pixels, that sizes are measured of
+RUNS_AT_ONCE = 1 << 14  # of pixels, that sizes are measured of
 
 
 class SplitTruth:

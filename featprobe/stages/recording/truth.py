@@ -16,6 +16,7 @@ from featprobe.datasets.images.reading import hash_image
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Spacing
 from featprobe.image_labels import ImageTruth
+from featprobe.io.packed_texts import Texts
 from featprobe.machine import usable_cores
 from featprobe.metrics.defects.records import DEFECT, GOOD, SIZES, UNKNOWN, Defects, Floats, Images
 from featprobe.processes import count
@@ -119,12 +120,11 @@ def table_of(
 def _images(
     cache: Cache, images: Rows, found: Sequence[Measured], spacing: Sequence[Spacing], split: str | None
 ) -> Images:
-    texts = {name: cache.images.column(name) for name in ("id", "group", "split", "image", "image_hash")}
-    own = {name: tuple(values[i] for i in images.tolist()) for name, values in texts.items()}
+    own = {name: cache.images.texts[name].some(images) for name in ("id", "group", "split", "image", "image_hash")}
     return Images(
         ids=own["id"],
         groups=own["group"],
-        splits=own["split"] if split is None else (split,) * len(images),
+        splits=own["split"] if split is None else Texts([split]).some(np.zeros(len(images), np.intp)),
         files=own["image"],
         hashes=own["image_hash"],
         good=np.array([one.good for one in found], np.uint8),

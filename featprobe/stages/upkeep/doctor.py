@@ -3,7 +3,6 @@
 Nothing here imports torch: a child process does, so that this works where torch is broken or missing.
 """
 
-import fcntl
 import getpass
 import mmap
 import os
@@ -27,6 +26,7 @@ from featprobe import __version__
 from featprobe.cache import WHOLE, read_states
 from featprobe.errors import FeatprobeError, FileKindError, counted
 from featprobe.io.disk import parse_json, read_regular
+from featprobe.io.locks import lock_bytes
 from featprobe.io.plugins import BACKBONES, DATASETS, HEADS, names_in
 from featprobe.io.texts import without_login
 from featprobe.machine import available_memory, free_disk, human_bytes, usable_cores
@@ -200,7 +200,7 @@ def _direct(path: Path) -> None:
 def _lock(path: Path) -> None:
     handle = os.open(path, os.O_RDWR)
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_bytes(handle, wait=False)
     finally:
         os.close(handle)
 

@@ -64,8 +64,33 @@ def test_images_are_read_once_where_memory_holds_all_maps(
         watch = Seen()
         own.hand_to(watch, last=last)
         assert watch.found.keys() == MAPS.keys()
-        assert all(watch.found[key][i] is MAPS[key][i] for key in MAPS for i in (0, 1))
+        for key, wanted_maps in MAPS.items():
+            for found, own_map in zip(watch.found[key], wanted_maps, strict=True):
+                np.testing.assert_array_equal(found, own_map, strict=True)
     assert len(passes) == wanted
+
+
+def test_maps_that_are_kept_lie_in_pieces_and_are_those_of_the_last_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handed, "PIECE", 300)
+    monkeypatch.setattr(handed, "available_memory", lambda: 10**6)
+    rng, own = np.random.default_rng(0), dict[int, tuple[Any, Any]]()
+
+    def evaluate(heads: Any, source: Any, rows: Any, watch: Watch) -> None:
+        for image in (*range(5), 1):  # one of them is larger than a piece
+            size = 3 + 2 * image, 5
+            own[image] = rng.random(size, np.float32), rng.integers(1, 4, size, np.uint8)
+            watch.pixels(0, image, own[image][0].copy(), own[image][1].copy())
+
+    prepared: Any = SimpleNamespace(rows={"val": []}, evaluate=evaluate)
+    found = Findings(prepared, [], None, "val")  # type: ignore[arg-type]
+    for last in (False, True):
+        watch = Seen()
+        found.hand_to(watch, last=last)
+    for image, (values, classes) in own.items():
+        np.testing.assert_array_equal(watch.found[0, image][0], values, strict=True)
+        np.testing.assert_array_equal(watch.found[0, image][1], classes, strict=True)
+    bases = {id(watch.found[0, image][i].base) for image in own for i in (0, 1)}
+    assert 1 < len(bases) < 10
 
 
 def test_a_single_watch_keeps_nothing_and_sees_objects_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Removing saved heads: what was named goes, with its rows; everything else stays byte for byte."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from test_cli import call, refusal
 
 from featprobe.errors import ProbeError
+from featprobe.io import disk
 from featprobe.io.disk import append_line, filter_lines, in_use
 from featprobe.stages.upkeep.saved_heads import find_heads, head_folders, remove_heads
 from featprobe.stages.workspace import Workspace
@@ -204,16 +204,16 @@ for i in range(int(sys.argv[3])):
 def test_a_row_goes_into_a_new_file_where_the_old_one_is_removed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, lock = tmp_path / "results.jsonl", fcntl.lockf
+    path, lock = tmp_path / "results.jsonl", disk.lock_bytes
     append_line(path, b"old")
 
     def late(*given: int) -> None:
         """The lock comes once another process has removed the file."""
-        monkeypatch.setattr(fcntl, "lockf", lock)
+        monkeypatch.setattr(disk, "lock_bytes", lock)
         path.unlink()
         lock(*given)
 
-    monkeypatch.setattr(fcntl, "lockf", late)
+    monkeypatch.setattr(disk, "lock_bytes", late)
     append_line(path, b"new")
     assert path.read_bytes() == b"new\n"
 
