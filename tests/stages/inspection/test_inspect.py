@@ -153,6 +153,16 @@ def test_folds_with_points_for_different_things_are_no_one_test(tmp_path: Path) 
     assert inspect(space).each[0].kept
 
 
+def test_folds_whose_records_follow_different_rules_are_no_one_test(tmp_path: Path) -> None:
+    space = stored_space(tmp_path, ("semseg-ridge-8316",))
+    first, _ = (space.probes / row.folder for row in rows_of(space))
+    keep(first, drawn(1, "val"), drawn(2, "test"), rule=FoundRule(0.5, same_class=True))
+    with pytest.raises(ProbeError, match=r"different rules(.|\n)*IoU at least 0.5, classes(.|\n)*center") as refused:
+        inspect(space)
+    assert f"featprobe inspect --rescore --found iou:0.5 --same-class {first.parents[1]}" in str(refused.value)
+    assert inspect(space, [first]).each[0].records.about.rule.iou == 0.5, "alone it has one rule"
+
+
 def test_folds_are_one_test_set_each_at_its_own_threshold(tmp_path: Path) -> None:
     space = stored_space(tmp_path, ("semseg-ridge-8316",))
     first, second = rows_of(space)
