@@ -4,6 +4,7 @@ Every file but caches is written here: beside its place, brought to the disk, re
 made is opened here, so that featprobe never waits for a pipe or a device.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -23,6 +24,8 @@ from featprobe.errors import DiskError, FileKindError
 from featprobe.machine import available_memory
 
 Content = bytes | str
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a disk that is full, read-only or failing."""
 MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
 UNASKED = 1 << 22  # bytes of a JSON text for which no memory is looked up
 PER_TABLE, PER_VALUE = 80, 40  # bytes that an empty list or table takes, and any other value at least
@@ -371,19 +374,24 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 @contextmanager
-def packed(path: Path) -> Iterator[BinaryIO]:
+def packed(path: Path, *, sums: bool = False) -> Iterator[BinaryIO]:
     """An archive in torch's format, opened once: what was checked is what is read.
 
-    Raises ValueError for one that would unpack to far more bytes than it holds, FileKindError where there is no regular
-    file, and OSError.
+    sums: also check the checksum of each part, which torch writes and does not look at. Raises ValueError for an
+    archive that would unpack to far more bytes than it holds, and with `sums` for one that is damaged or of another
+    kind; FileKindError where there is no regular file, and OSError.
     """
     with open(path, "rb", opener=open_regular) as stream:
         if zipfile.is_zipfile(stream):
             held = os.fstat(stream.fileno()).st_size
             with zipfile.ZipFile(stream) as archive:
                 claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > MOST_PACKED * held:
-                raise ValueError(f"its {held} bytes would unpack to {claimed}")
+                if claimed > MOST_PACKED * held:
+                    raise ValueError(f"its {held} bytes would unpack to {claimed}")
+                if sums and archive.testzip() is not None:
+                    raise ValueError("it is damaged: a checksum in it is of other bytes")
+        elif sums:
+            raise ValueError("it is cut, or no file of torch's")
         stream.seek(0)
         yield stream
 
