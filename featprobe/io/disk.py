@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from featprobe.errors import DiskError, FileKindError
+from featprobe.errors import DiskError, FeatprobeError, FileKindError
 from featprobe.machine import available_memory
 
 Content = bytes | str
@@ -127,7 +127,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DiskError(
             f"{path} can't be written: {error.strerror or error}.\n"
-            "Nothing was left behind. Make room or choose another disk, then run the same command again."
+            f"Nothing was left behind. {_to_do(error)}, then run the same command again."
         ) from error
     finally:
         if temporary is not None:
@@ -337,8 +337,34 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
     before = "What was there before is unchanged." if kept else "The new files may be lost."
     return DiskError(
         f"{path} can't be written: {error.strerror or error}.\n"
-        f"{before} Make room or choose another disk, then run the same command again."
+        f"{before} {_to_do(error)}, then run the same command again."
     )
+
+
+def _to_do(error: OSError) -> str:
+    """What helps where the system refuses to write."""
+    return "Make room or choose another disk" if error.errno in REFUSALS else "Correct the path or its rights"
+
+
+def listable(folder: Path) -> Path:
+    """The same folder, there or not. Raises FeatprobeError where its names may not be read: then a search finds nothing
+    in it, and says nothing.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            os.scandir(folder).close()
+        except PermissionError as error:
+            raise FeatprobeError(f"{folder} can't be looked into: {error.strerror}. Correct its rights.") from error
+    return folder
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this path, a link too. Raises OSError where its folder can't be looked into."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:

@@ -24,6 +24,7 @@ from featprobe.errors import FieldError, FileKindError, ProbeError
 from featprobe.io.disk import (
     append_line,
     below,
+    is_there,
     make_folders,
     open_regular,
     packed,
@@ -359,7 +360,7 @@ def read_rows(
 def _read(path: Path, parse: Callable[[bytes], tuple[T | None, str]]) -> tuple[list[T], list[str]]:
     """The values in the lines of a file, and the faults of lines that hold none."""
     rows, faults = [], []
-    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
+    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if is_there(path) else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
