@@ -27,6 +27,18 @@ def beyond_locale() -> str:
     return f"\nThe locale allows {encoding} alone in names of files. Set one of UTF-8, or:  export PYTHONUTF8=1"
 
 
+WHOLE_TEXT = "text without half characters"
+
+
+def are_whole(*texts: str) -> bool:
+    """Whether UTF-8 can hold some texts: JSON can also name half a character."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def without_login(text: str) -> str:
     """A text whose web addresses have no user and no password.
 

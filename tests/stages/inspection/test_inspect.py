@@ -15,6 +15,7 @@ from inspected_space import drawn, keep, rows_of, stored_space, with_about, with
 from featprobe.errors import ProbeError, UsageError
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.records import DEFECT, GOOD, NOTHING, FoundRule, Records
+from featprobe.specs import digest
 from featprobe.stages.inspection.inspect import Inspection, Inspections, inspect, inspect_head
 from featprobe.stages.inspection.lines import Line, head_line, plain_json, tables_of, write_tables
 from featprobe.stages.workspace import Workspace
@@ -297,6 +298,13 @@ def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path
         if said:
             with pytest.raises(ProbeError, match=said):
                 inspect(space, [head])
+    for root in ("a\0b", 5):
+        changed_card = {**card, "data": {**card["data"], "root": root}}
+        changed_card.pop("card_sha256")
+        (head / "card.json").write_text(json.dumps({**changed_card, "card_sha256": digest(changed_card)}))
+        with pytest.raises(ProbeError, match="no saved head that can be read"):
+            inspect(space, [head])
+    (head / "card.json").write_text(json.dumps(card))
     with pytest.raises(ProbeError, match="another workspace"):
         inspect(space, [head], rescore=True)
     (head / "card.json").write_text("[" * 100_000)
