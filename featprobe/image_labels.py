@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featprobe.io.fields import Fault, limits, made
+from featprobe.io.texts import are_whole
 from featprobe.scores import SCORES
 
 Unit = Literal["image", "tile"]
@@ -49,7 +50,7 @@ class LabelNames:
         wanted = "null where an image may have several labels, else null or one of the names"
         fits = self.good is None or (not self.multi and self.good in self.names)
         return limits({
-            "names": (distinct, f"1 to {MOST_NAMES} different names", self.names),
+            "names": (distinct and are_whole(*self.names), f"1 to {MOST_NAMES} different names", self.names),
             "good": (fits, wanted, self.good),
         })  # fmt: skip
 

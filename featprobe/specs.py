@@ -14,6 +14,7 @@ from featprobe.geometry import IDENTITY, MOST_PIXELS, MOST_SIDE, Fit, Size
 from featprobe.image_labels import LabelNames, tasks_served
 from featprobe.intensity import Intensity
 from featprobe.io.fields import Fault, limits, made, wrong
+from featprobe.io.texts import WHOLE_TEXT, are_whole
 from featprobe.levels import FeatureLevel
 from featprobe.tiling import SETTINGS, Tiling, keeps_own_split, parse_views
 
@@ -283,7 +284,11 @@ class DataInfo:
     def faults(self) -> list[Fault]:
         """Values that no data set has: see `from_json`."""
         own = limits({
-            "classes": (1 <= len(self.classes) <= MOST_CLASSES, f"1 to {MOST_CLASSES} names", self.classes),
+            "name": (are_whole(self.name), WHOLE_TEXT, self.name),
+            "root": (are_whole(self.root) and "\0" not in self.root, "a path", self.root),
+            "notes": (are_whole(*self.notes), WHOLE_TEXT, self.notes),
+            "classes": (1 <= len(self.classes) <= MOST_CLASSES and are_whole(*self.classes),
+                        f"1 to {MOST_CLASSES} names", self.classes),
             "category_ids": (len(self.category_ids) in (0, len(self.classes) - 1),
                              "none, or one for each class but the background", self.category_ids),
             "bits": (self.bits is None or 1 <= self.bits <= 64, "1 to 64", self.bits),

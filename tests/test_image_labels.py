@@ -45,6 +45,7 @@ def test_names_come_back_from_json(names: LabelNames) -> None:
         ({"names": []}, "names"),
         ({"names": ["a", "a"]}, "names"),
         ({"names": ["a", ""]}, "names"),
+        ({"names": ["a", "\ud800"]}, "names"),
         ({"names": [str(i) for i in range(1001)]}, "names"),
         ({"names": "ab"}, "names"),
         ({"names": ["a", "b"], "good": "c"}, "good"),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from featprobe.cache import header
 from featprobe.cache.checked_values import check_objects, data_of, provenance_of, recipe_of
 from featprobe.cache.header import FILE_VERSION, Entry, FormatFault, Index, NewerFormat, parse_json, short
-from featprobe.cache.held_file import HeldFile, Span, removal
+from featprobe.cache.held_file import HeldFile, Span, removal, unknown
 from featprobe.cache.layout import (
     FREE,
     LABELS_PART,
@@ -42,9 +42,7 @@ LABELS = {f"{group}/{kind}" for group in ("targets", "images") for kind in TARGE
 """Parts that are read row by row, when a row's labels are used."""
 SINCE_VERSION_3 = {"rows/affine", "images/checksum"}  # parts that no reader needs of an older file, or it has not
 VIEW = re.compile(rf"{IDENTITY}|{'|'.join(TURNS)}|crop\d+")
-FAULTS = (
-    OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, MemoryError, OverflowError,
-)  # fmt: skip
+FAULTS = (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -175,6 +173,8 @@ def _as_cache_error(path: Path) -> Iterator[None]:
         ) from error
     except FormatFault as error:
         raise _unopened(path, error.wanted, error.found) from error
+    except (OSError, MemoryError) as error:
+        raise unknown(path, " ".join(str(error).split())[:200] or "no memory") from error
     except FAULTS as error:
         found = f"{type(error).__name__}: {short(str(error))}"
         raise _unopened(path, f"a file of version {FILE_VERSION} or older", found) from error

@@ -107,6 +107,14 @@ def was_closed(path: Path) -> CacheError:
     return CacheError(f"{path} was closed. Open it again:  open_cache(path)")
 
 
+def unknown(path: Path, found: str) -> CacheError:
+    """The error that nothing can be said of a cache file, for want of memory or processes; it may be sound."""
+    return CacheError(
+        f"{path} can't be looked into. Nothing was changed.\n  found   {found}\n"
+        "It may be sound. Allow the process more memory and processes (ulimit), then run the same command again."
+    )
+
+
 def removal(path: Path) -> str:
     """Advice about a cache file that can't be used, for a message."""
     return f"Remove it: featprobe cache rm {shlex.quote(str(path))} --yes. Then run the extract command again."

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from featprobe.cache.header import FILE_VERSION, FormatFault, Index, NewerFormat
-from featprobe.cache.held_file import HeldFile, Span
+from featprobe.cache.held_file import HeldFile, Span, unknown
 from featprobe.cache.layout import FORMAT, Extent
 from featprobe.cache.rows import TARGET_KINDS, TEXT_FIELDS, Blob, RowTable
 from featprobe.errors import CacheError
@@ -33,11 +33,12 @@ PIECE = 1 << 20  # bytes that are read from the child at once
 WALL_SECONDS = 60.0  # for a small file
 BYTES_PER_SECOND = 20 << 20  # of a large file: the child gets more time by its size
 TOO_LONG = "HDF5's process answered more than a cache of this size holds"
+LACK = "lack"  # kind of a refusal that says nothing of the file
 SETTLED_SECONDS = 2.0  # longer than the steps in which most file systems count time
 
 
 class ViewRefused(Exception):
-    """HDF5 found no cache in a file; the text says what it found. kind: as in the child's `Refused`."""
+    """HDF5 found no cache in a file; the text says what it found. kind: as in the child's `Refused`, or LACK."""
 
     kind = ""
 
@@ -55,6 +56,8 @@ def read_old(file: HeldFile) -> tuple[dict[str, Any], dict[str, Blob]]:
         said, texts, provenance = _old_view(file)
         values = json.loads(said)
     except ViewRefused as refusal:
+        if refusal.kind == LACK:
+            raise unknown(file.path, str(refusal)) from refusal
         if refusal.kind == "other":
             raise CacheError(
                 f"{file.path} is HDF5, but not a feature cache.\n  wanted  format {FORMAT}\n  found   {refusal}"
@@ -95,13 +98,16 @@ def old_identity(
 def disagreements(file: HeldFile, index: Index) -> list[str]:
     """The differences between a file of version 3 as HDF5 reads it and its header, in words; [] where both agree.
 
-    Names, places, types and shapes are compared, and the bytes of all that is written once.
+    Names, places, types and shapes are compared, and the bytes of all that is written once. Raises CacheError where
+    HDF5's process can't be started.
     """
     said = index.to_json() | {"version": index.version}
     try:
         (lines,) = _view("agrees", file.handle, json.dumps(said).encode())
         return [ascii(line)[1:-1] for line in json.loads(lines)]
     except (ViewRefused, ValueError) as error:
+        if isinstance(error, ViewRefused) and error.kind == LACK:
+            raise unknown(file.path, str(error)) from error
         return [f"HDF5 can't open the file: {error}"]
 
 
@@ -121,7 +127,7 @@ def _old_view(file: HeldFile) -> list[bytes]:
         except ViewRefused as refusal:
             view = refusal
         _views.clear()
-        if settled:
+        if settled and not (isinstance(view, ViewRefused) and view.kind == LACK):
             _views[key] = view
     if isinstance(view, ViewRefused):
         raise view
@@ -142,7 +148,9 @@ def _view(kind: str, handle: int, request: bytes = b"") -> list[bytes]:
                 stderr=subprocess.DEVNULL, pass_fds=(handle,), env=os.environ | quiet,
             )  # fmt: skip
     except OSError as error:
-        raise ViewRefused(f"HDF5's process can't be started: {error.strerror or error}") from error
+        refusal = ViewRefused(f"HDF5's process can't be started: {error.strerror or error}")
+        refusal.kind = LACK
+        raise refusal from error
     with child:
         try:
             parts = _parts(child.stdout.fileno() if child.stdout else -1, end, 2 * size + SPARE)

@@ -256,7 +256,7 @@ class RowLocks:
         except OSError as error:
             raise CacheError(
                 f"The folder {path.parent} can't be written ({error.strerror}). Nothing was changed.\n"
-                "Choose another place:  featprobe --workspace DIR extract …"
+                "Correct its rights, or choose another workspace:  featprobe --workspace DIR …"
             ) from error
 
     def __enter__(self) -> "RowLocks":

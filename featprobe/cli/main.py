@@ -1,7 +1,6 @@
 """The command line as a whole: its commands, its errors and its exit codes."""
 
 import errno
-import io
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import Any
 import click
 
 from featprobe import __version__
-from featprobe.cli import stopping
+from featprobe.cli import stopping, streams
 from featprobe.cli.answer_commands import compare, study
 from featprobe.cli.cache import cache
 from featprobe.cli.data import data
@@ -27,11 +26,10 @@ from featprobe.cli.options import echo
 from featprobe.cli.probes_commands import probes
 from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
-from featprobe.io.texts import printable
+from featprobe.io.disk import REFUSALS
+from featprobe.io.texts import beyond_locale, printable
 from featprobe.machine import take_large_pages
 
-REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-"""Errors of a disk that is full, read-only or failing."""
 LACKS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a process that may not have more memory or more files."""
 LONGEST = 300  # letters of a path or a reason that are shown
@@ -51,9 +49,21 @@ class _Cli(InOrder):
     The exit code is that of the error's class, and 130 for Ctrl-C.
     """
 
+    def make_context(self, *given: Any, **named: Any) -> click.Context:
+        """The context of a command line, which --help and --version end here."""
+        try:
+            return super().make_context(*given, **named)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            streams.drop(sys.stdout)
+            echo(f"featprobe: {streams.OUTPUT}: {error.strerror}.", err=True)
+            raise click.exceptions.Exit(FeatprobeError.exit_code) from error
+
     def invoke(self, ctx: click.Context) -> Any:
         rank = os.environ.get("RANK", "0")  # of the processes that torchrun started
         try:
+            _check_folder()
             return super().invoke(ctx)
         except (KeyboardInterrupt, Exception) as error:
             stopped = isinstance(error, KeyboardInterrupt) or stopping.is_asked()
@@ -81,12 +91,26 @@ def _refusal(error: BaseException) -> str:
         return f"{file}{error.strerror}. Allow the process more (ulimit), then run the same command again."
     if file and isinstance(error, OSError):
         return f"{file}{error.strerror}. Nothing further was done. Correct the path or its rights, then run it again."
+    if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):  # click ends where a reader leaves
+        return f"{error.strerror}. Nothing further was done. --debug, before the command, shows where it happened."
+    if isinstance(error, UnicodeEncodeError) and (remedy := beyond_locale()):
+        return f"{ascii(error.object)[:LONGEST]} can't be the name of a file here. Nothing further was done.{remedy}"
     if isinstance(error, MemoryError):
         why = f" {str(error)[:LONGEST].rstrip('.')}." if str(error) else ""
         return f"The memory does not hold what was asked for.{why} Ask for less, as smaller images or batches."
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "No more threads can be started here. Allow more processes or memory (ulimit), or use fewer --workers."
     return ""
+
+
+def _check_folder() -> None:
+    """Raise FeatprobeError where the current folder was removed: there, libraries end the process."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise FeatprobeError(
+            f"The current folder can't be used: {error.strerror}. Nothing was done. Change into another one."
+        ) from error
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -120,22 +144,11 @@ for _command in (
     cli.add_command(_command)
 
 
-def _hold_streams() -> None:
-    """Open standard streams that are closed, as nothing: a file would get their numbers, and what libraries print."""
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
-    _hold_streams()
+    streams.hold()
     stopping.listen()
     take_large_pages()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *warning, **more: printable(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from featprobe.cli import streams
 from featprobe.cli.help import (
     ALL_KINDS,
     DRAWN,
@@ -394,7 +395,10 @@ def head_options(command: Command) -> Command:
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
     """Print a line: the one way to the terminal, which control characters of files don't get through."""
-    click.echo(printable(str(text)), err=err, nl=nl)
+    try:
+        click.echo(printable(str(text)), err=err, nl=nl)
+    except OSError as error:
+        streams.refused(error, err=err)
 
 
 def to_stderr(line: str) -> None:

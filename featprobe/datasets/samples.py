@@ -14,6 +14,7 @@ import numpy as np
 from featprobe.errors import DataError, counted
 from featprobe.geometry import Size
 from featprobe.image_labels import LabelNames, tasks_served
+from featprobe.io.texts import beyond_locale
 from featprobe.scores import SCORES, On
 from featprobe.targets import Target
 
@@ -117,7 +118,8 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def _no_text(name: str) -> DataError:
-    return DataError(f"The name {name!a} is no UTF-8 text. Rename the file or the folder. Nothing was computed.")
+    to_do = beyond_locale() or " Rename the file or the folder."
+    return DataError(f"The name {name!a} is no UTF-8 text. Nothing was computed.{to_do}")
 
 
 class _Maker:

@@ -4,6 +4,7 @@ Every file but caches is written here: beside its place, brought to the disk, re
 made is opened here, so that featprobe never waits for a pipe or a device.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -19,11 +20,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from featprobe.errors import DiskError, FileKindError
+from featprobe.errors import DiskError, FeatprobeError, FileKindError
 from featprobe.io.locks import lock_bytes
 from featprobe.machine import available_memory
 
 Content = bytes | str
+REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""Errors of a disk that is full, read-only or failing."""
 MOST_PACKED = 4  # most unpacked bytes per byte of an archive of tensors, which hardly compress
 UNASKED = 1 << 22  # bytes of a JSON text for which no memory is looked up
 PER_TABLE, PER_VALUE = 80, 40  # bytes that an empty list or table takes, and any other value at least
@@ -125,7 +128,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DiskError(
             f"{path} can't be written: {error.strerror or error}.\n"
-            "Nothing was left behind. Make room or choose another disk, then run the same command again."
+            f"Nothing was left behind. {_to_do(error)}, then run the same command again."
         ) from error
     finally:
         if temporary is not None:
@@ -335,8 +338,34 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
     before = "What was there before is unchanged." if kept else "The new files may be lost."
     return DiskError(
         f"{path} can't be written: {error.strerror or error}.\n"
-        f"{before} Make room or choose another disk, then run the same command again."
+        f"{before} {_to_do(error)}, then run the same command again."
     )
+
+
+def _to_do(error: OSError) -> str:
+    """What helps where the system refuses to write."""
+    return "Make room or choose another disk" if error.errno in REFUSALS else "Correct the path or its rights"
+
+
+def listable(folder: Path) -> Path:
+    """The same folder, there or not. Raises FeatprobeError where its names may not be read: then a search finds nothing
+    in it, and says nothing.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        try:
+            os.scandir(folder).close()
+        except PermissionError as error:
+            raise FeatprobeError(f"{folder} can't be looked into: {error.strerror}. Correct its rights.") from error
+    return folder
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has this path, a link too. Raises OSError where its folder can't be looked into."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
@@ -372,19 +401,24 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 @contextmanager
-def packed(path: Path) -> Iterator[BinaryIO]:
+def packed(path: Path, *, sums: bool = False) -> Iterator[BinaryIO]:
     """An archive in torch's format, opened once: what was checked is what is read.
 
-    Raises ValueError for one that would unpack to far more bytes than it holds, FileKindError where there is no regular
-    file, and OSError.
+    sums: also check the checksum of each part, which torch writes and does not look at. Raises ValueError for an
+    archive that would unpack to far more bytes than it holds, and with `sums` for one that is damaged or of another
+    kind; FileKindError where there is no regular file, and OSError.
     """
     with open(path, "rb", opener=open_regular) as stream:
         if zipfile.is_zipfile(stream):
             held = os.fstat(stream.fileno()).st_size
             with zipfile.ZipFile(stream) as archive:
                 claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > MOST_PACKED * held:
-                raise ValueError(f"its {held} bytes would unpack to {claimed}")
+                if claimed > MOST_PACKED * held:
+                    raise ValueError(f"its {held} bytes would unpack to {claimed}")
+                if sums and archive.testzip() is not None:
+                    raise ValueError("it is damaged: a checksum in it is of other bytes")
+        elif sums:
+            raise ValueError("it is cut, or no file of torch's")
         stream.seek(0)
         yield stream
 

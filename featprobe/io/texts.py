@@ -1,6 +1,7 @@
 """Texts from files of others, made safe for a terminal, a page or a spreadsheet."""
 
 import re
+import sys
 
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 """Control characters but tab and new line, and characters that change the direction of writing."""
@@ -16,6 +17,26 @@ def printable(text: str) -> str:
     '\\u001b]0;owned\\u0007 and\n\ta line'
     """
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def beyond_locale() -> str:
+    """What to do where names of files are no UTF-8 text because of the locale; "" where they may be any text."""
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("-", "") == "utf8":
+        return ""
+    return f"\nThe locale allows {encoding} alone in names of files. Set one of UTF-8, or:  export PYTHONUTF8=1"
+
+
+WHOLE_TEXT = "text without half characters"
+
+
+def are_whole(*texts: str) -> bool:
+    """Whether UTF-8 can hold some texts: JSON can also name half a character."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def without_login(text: str) -> str:

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
+import pickle
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +24,7 @@ from featprobe.errors import FieldError, FileKindError, ProbeError
 from featprobe.io.disk import (
     append_line,
     below,
+    is_there,
     make_folders,
     open_regular,
     packed,
@@ -268,20 +272,30 @@ class Checkpoint:
         self.before, self.begun = 0.0, time.perf_counter()
         self.kept = self.begun
 
-    def load(self) -> dict[str, Any] | None:
-        """The last saved state; None where there is none. Raises ProbeError for a damaged file."""
+    def load(self, check: Callable[[Any], None] = lambda state: None) -> dict[str, Any] | None:
+        """The last saved state; None where there is none.
+
+        Raises ProbeError for a damaged file, and for a state for which `check` raises ValueError.
+        """
         self.begun = self.kept = time.perf_counter()
         if not self.path.exists():
             return None
         try:
-            with packed(self.path) as stream:
+            with packed(self.path, sums=True) as stream:
                 kept = torch.load(stream, map_location="cpu", weights_only=True)
             if kept["identity"] != self.identity:
                 return None
-            self.before = kept["seconds"]
-            return kept["state"]
+            before = kept["seconds"]
+            if type(before) is not float or not 0 <= before < math.inf:
+                raise ValueError("seconds is no time")
+            check(kept["state"])
         except Exception as error:  # torch raises many kinds of errors on a damaged file
-            raise ProbeError(f"{self.path} can't be read: {error}.\nRemove it to train from the start.") from error
+            raise ProbeError(
+                f"{self.path} can't be gone on from. Nothing was trained.\n  found   {_fault_of_state(error)}\n"
+                f"Remove it, and the same command trains from the start:  rm {shlex.quote(str(self.path))}"
+            ) from error
+        self.before = before
+        return kept["state"]
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Keep a state, whole or not at all, when one is due. Raises DiskError; then the last state stays."""
@@ -292,6 +306,15 @@ class Checkpoint:
         with replacing(self.path) as stream:
             _torch_save(kept, stream)
         self.kept = time.perf_counter()
+
+
+def _fault_of_state(error: Exception) -> str:
+    """Why a file holds no state. torch's own text proposes to run the code in it."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "it is damaged, or holds more than tensors and plain values"
+    if isinstance(error, ValueError | FileKindError):
+        return str(error).splitlines()[0]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def head_folder(probes: Path, row: ResultRow) -> Path:
@@ -337,7 +360,7 @@ def read_rows(
 def _read(path: Path, parse: Callable[[bytes], tuple[T | None, str]]) -> tuple[list[T], list[str]]:
     """The values in the lines of a file, and the faults of lines that hold none."""
     rows, faults = [], []
-    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if os.path.lexists(path) else []
+    lines = read_regular(path, available_memory() // IN_MEMORY).split(b"\n") if is_there(path) else []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

@@ -17,6 +17,7 @@ from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import execution
+from featprobe.probes.resumed import Wanted, check_state, restore_moments
 from featprobe.processes import check_batch, check_norms, count, is_main, own_part, sum_gradients, summed
 from featprobe.specs import Rows
 
@@ -97,8 +98,8 @@ def batches_of(rows: Rows, recipe: TrainRecipe, seed: int) -> Iterator[Rows]:
 class Keeper(Protocol):
     """Keeps the state of a training, so that a stopped training can continue."""
 
-    def load(self) -> dict[str, Any] | None:
-        """The last saved state; None where there is none."""
+    def load(self, check: Callable[[Any], None]) -> dict[str, Any] | None:
+        """The last saved state; None where there is none. Raises ProbeError where `check` raises ValueError for it."""
         ...
 
     def save(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
@@ -144,8 +145,9 @@ def train(
     recipes: one per head; they may differ only in learning rate and weight decay. loss: from features and the feed's
     other values to the losses, (heads,). seed: of the order of rows. evaluate: gives the validation scores of every
     head. tuned: the backbone of the feed, if it is trained too. progress: called with the step and the mean loss.
-    best_by: the validation score whose best point gives the weights of each head (and of its backbone), see
-    `kept_point`; None for the last weights. taken: called with the losses of every step, (heads,), on their device.
+    best_by: the validation score whose best point gives the weights of each head (and of its backbone), where the
+    recipe takes them from there, see `kept_point`; None for the last weights. taken: called with the losses of every
+    step, (heads,), on their device.
     With several processes each computes its part of every batch: losses are summed, and all end with the same weights.
 
     fixed: the loss also accepts places of rows on the device, and does the same work for every batch of one shape; so a
@@ -157,7 +159,7 @@ def train(
     """
     recipe = recipes[0]
     loop = _Loop(heads, recipes, seed, tuned, best_by, fixed)
-    loop.restore(keeper.load() if keeper else None)
+    loop.restore(keeper.load(loop.check) if keeper else None)
     marks = set(evaluation_points(recipe))
     loop.mode(training=True)
     check_norms(loop.moving)
@@ -381,7 +383,7 @@ class _Loop:
         fixed: bool = False,
     ) -> None:
         self.heads, self.recipes, self.tuned, self.step = heads, recipes, tuned, 0
-        self.best_by = best_by
+        self.score, self.best_by = best_by, best_by if recipes[0].weights_from == "best" else None
         self.device = next(heads[0].parameters()).device
         self.whole = execution.whole_batches(self.device)
         self.placed, self.recorded = fixed and self.whole and tuned is None, _is_recorded(heads, tuned, fixed)
@@ -518,22 +520,33 @@ class _Loop:
             "random": [torch.get_rng_state(), *cuda],
         }
 
+    def check(self, state: Any) -> None:
+        """Raise ValueError for a value that is no state of this training. The training has not begun."""
+        names = {own: name for name, own in self.moving.named_parameters()}
+        parameters = [(names[own], own) for group in self.optimizer.param_groups for own in group["params"]]
+        best = [self._with_backbone(index).state_dict() for index in range(len(self.heads))]
+        marks = evaluation_points(self.recipes[0])
+        check_state(state, Wanted(self.state(), parameters, best if self.best_by else None, marks, self.score))
+
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go back to a saved state; do nothing for None."""
+        """Go back to a saved state that was checked; do nothing for None."""
         if state is None:
             return
         self.step = state["step"]
         self.moving.load_state_dict(state["weights"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_moments(self.optimizer, state["optimizer"]["state"])
         self.rates.link()
         self.place.fill_(self.step)
         self.curves = [[CurvePoint(**point) for point in curve] for curve in state["curves"]]
         self.alive = list(state["alive"])
         self.losses = [values.to(next(self.moving.parameters()).device) for values in state["losses"]]
-        self.best = state.get("best", self.best)
+        self.best = [
+            {name: value.to(self.device, copy=True) for name, value in own.items()}
+            for own in state.get("best", self.best)
+        ]
         own, *cuda = state["random"]
         torch.set_rng_state(own)
-        for kept in cuda:
-            torch.cuda.set_rng_state(kept, next(self.moving.parameters()).device)
+        for kept in cuda if self.device.type == "cuda" else ():  # it may have begun on a GPU
+            torch.cuda.set_rng_state(kept, self.device)

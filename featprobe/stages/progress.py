@@ -1,9 +1,11 @@
 """How far a long loop is, on stderr: a bar on a terminal, a line a minute in a log, from the first process alone."""
 
+import io
 import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar
 
@@ -29,7 +31,7 @@ class Progress:
         self._begun = self._said = time.monotonic()
         self._silent = quiet or not total or os.environ.get("RANK", "0") != "0"
         self._bar: tqdm | None = None
-        if not self._silent and sys.stderr.isatty():
+        if not self._silent and sys.stderr and sys.stderr.isatty():
             self._bar = tqdm(total=total, desc=self.what, unit=unit, unit_scale=unit == BYTES, leave=leave)
 
     def __enter__(self) -> "Progress":
@@ -46,7 +48,8 @@ class Progress:
             self._bar.update(steps)
         elif not self._silent and time.monotonic() - self._said >= EVERY:
             self._said = time.monotonic()
-            print(self.line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a log that can't be written ends no training
+                print(self.line, file=sys.stderr or io.StringIO(), flush=True)
 
     def note(self, text: str) -> None:
         """Say something beside the count, from the next time on."""

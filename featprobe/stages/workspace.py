@@ -15,7 +15,7 @@ from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.geometry import Spacing, spacing_of
-from featprobe.io.disk import new_folder, plain_name, read_toml
+from featprobe.io.disk import is_there, listable, new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
@@ -206,8 +206,8 @@ class Workspace:
         return name if known else str(root.resolve())
 
     def cache_files(self) -> list[Path]:
-        """Every cache file here, by data set and name."""
-        return sorted(self.cache.glob("*/*.h5"))
+        """Every cache file here, by data set and name. Raises FeatprobeError where their folder may not be read."""
+        return sorted(listable(self.cache).glob("*/*.h5"))
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError.
@@ -235,12 +235,12 @@ class Workspace:
 
     def _read_config(self) -> dict[str, Any]:
         path = self.root / CONFIG
-        if not os.path.lexists(path):
-            return {}
         try:
+            if not is_there(path):
+                return {}
             config = read_toml(path)
         except (OSError, ValueError) as error:
-            raise FeatprobeError(f"{path} can't be read as TOML: {error}.") from error
+            raise FeatprobeError(f"{path} can't be read as TOML: {getattr(error, 'strerror', '') or error}.") from error
         from featprobe.io.schemas import check  # pydantic takes time, and most workspaces have no such file
 
         faults = check(Config, config)

@@ -34,9 +34,10 @@ from featprobe.cache import RowLocks, create_file, open_cache, read_contents, re
 from featprobe.cache import rows as row_module
 from featprobe.cache.contents import LABELS
 from featprobe.cache.header import FIXED, LEAST_BLOCK, Index
-from featprobe.errors import CacheError
+from featprobe.errors import CacheError, FieldError
 from featprobe.geometry import Part, Placement
 from featprobe.levels import FeatureLevel
+from featprobe.specs import DataInfo
 
 Header = dict[str, Any]
 
@@ -435,3 +436,18 @@ def test_rows_are_made_one_by_one_and_columns_need_no_labels(path: Path) -> None
     with pytest.raises(IndexError):
         rows[4]
     assert [row.id for row in rows[1::2]] == ["part1.png", "part3.png"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("root", "a\0b"),
+        ("root", "\ud800"),
+        ("name", "\udcff"),
+        ("classes", ("background", "\ud800")),
+        ("notes", ("\ud800",)),
+    ],
+)
+def test_texts_that_no_file_can_hold_are_refused_before_anything_is_trained(field: str, value: object) -> None:
+    with pytest.raises(FieldError, match=f"{field}: wanted"):
+        DataInfo.from_json({**data_info().to_json(), field: value})

@@ -135,10 +135,25 @@ def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch:
 
     old, new = old_cache(tmp_path / "cache.h5"), new_cache(tmp_path / "new")
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    with pytest.raises(CacheError, match="can't be started: Cannot allocate memory"):
+    said = r"can't be started: Cannot allocate memory\nIt may be sound\. Allow the process more"
+    with pytest.raises(CacheError, match=said) as caught:
         read_contents(old)
+    assert "cache rm" not in str(caught.value), "nobody is told to remove what nobody looked at"
     contents = read_contents(new)
-    assert ["can't be started" in line for line in legacy.disagreements(contents.file, contents.index)] == [True]
+    with pytest.raises(CacheError, match=said):
+        legacy.disagreements(contents.file, contents.index)
+
+
+def test_a_cache_for_which_there_is_no_memory_may_be_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = new_cache(tmp_path / "new")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("featprobe.cache.contents._parse", refuse)
+    with pytest.raises(CacheError, match=r"found   no memory\nIt may be sound") as caught:
+        read_contents(path)
+    assert "cache rm" not in str(caught.value)
 
 
 def children() -> list[str]:

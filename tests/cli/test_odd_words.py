@@ -10,13 +10,16 @@ import pytest
 from click.testing import CliRunner
 
 from featprobe.cli import options
-from featprobe.cli.main import LONGEST, _hold_streams, cli
+from featprobe.cli.main import LONGEST, _refusal, cli
+from featprobe.cli.streams import hold
 from featprobe.errors import BackboneError, DataError, FeatprobeError
 from featprobe.geometry import parse_size
 from featprobe.machine import check_device
 from featprobe.splitting import SplitChoice
+from featprobe.stages.progress import Progress
 from featprobe.tiling import parse_views
 
+ROOT = Path(__file__).parents[2]
 MANY_DIGITS = "9" * 5000  # more than Python turns into a number
 LONG = "a" * 5000  # more than a path may have
 
@@ -100,7 +103,7 @@ def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyP
 def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """Libraries print warnings to number 2, which a cache would have."""
     code = (
-        "import os, sys; from featprobe.cli.main import _hold_streams; _hold_streams()\n"
+        "import os, sys; from featprobe.cli.streams import hold; hold()\n"
         "handle = os.open(sys.argv[1], os.O_CREAT | os.O_RDWR); os.write(2, b'warning'); sys.exit(handle)"
     )
     closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code, str(tmp_path / "file")]
@@ -110,7 +113,7 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None
 
 def test_streams_that_are_open_stay_as_they_are() -> None:
     before = [os.fstat(number) for number in (0, 1, 2)]
-    _hold_streams()
+    hold()
     assert all(os.path.samestat(own, os.fstat(number)) for number, own in enumerate(before))
 
 
@@ -120,3 +123,57 @@ def test_a_closed_output_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stdin", None)
     assert options.terminal_width() is None and not _is_terminal()
+
+
+def run(words: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command line of a shell, where featprobe is "$F"."""
+    given = {**os.environ, "F": f"{sys.executable} -m featprobe", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(words, shell=True, cwd=folder, env=given, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("$F cache ls >/dev/full", 1, "featprobe: the standard output: No space left on device."),
+        ("$F --version >/dev/full", 1, "featprobe: the standard output: No space left on device."),
+        ("$F cache ls </dev/null 1</dev/null", 1, "featprobe: the standard output: Bad file descriptor."),
+        ("$F cache ls 2>/dev/full", 0, ""),
+        ("$F cache ls >/dev/full 2>/dev/full", 1, ""),
+        ("$F cache ls <&- >&- 2>&-", 0, ""),
+        ("$F nothing 2>&-", 2, ""),
+        ("mkdir gone && cd gone && rmdir ../gone && $F compare", 1, "featprobe: The current folder can't be used:"),
+    ],
+)
+def test_streams_and_folders_that_can_not_be_used_end_in_one_line(
+    words: str, code: int, said: str, tmp_path: Path
+) -> None:
+    ended = run(words, tmp_path)
+    assert ended.returncode == code
+    assert ended.stderr.startswith(said) and ended.stderr.count("\n") == bool(said), ended.stderr
+
+
+def test_progress_that_can_not_be_written_ends_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featprobe.stages.progress.EVERY", 0.0)
+    with open("/dev/full", "w") as full:
+        for stream in (None, full):
+            monkeypatch.setattr(sys, "stderr", stream)
+            with Progress(2, "steps", "step") as bar:
+                bar.update()
+                options.to_stderr("a note")
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("error", "locale", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "utf-8", "No usable"),
+        (UnicodeEncodeError("ascii", "caf\xe9", 3, 4, "no"), "ascii", "export PYTHONUTF8=1"),
+        (UnicodeEncodeError("utf-8", "\udcff", 0, 1, "no"), "utf-8", ""),
+    ],
+)
+def test_what_the_environment_refuses_is_said_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, locale: str, said: str
+) -> None:
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: locale)
+    found = _refusal(error)
+    assert said in found and bool(found) is bool(said)

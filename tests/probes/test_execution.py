@@ -265,7 +265,9 @@ class Kept:
     def __init__(self, at: int, state: Any = None) -> None:
         self.at, self.state = at, state
 
-    def load(self) -> Any:
+    def load(self, check: Any) -> Any:
+        if self.state is not None:
+            check(self.state)
         return self.state
 
     def save(self, step: int, state: Any) -> None:

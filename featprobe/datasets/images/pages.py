@@ -41,11 +41,15 @@ FRAMES = 0x00280008  # DICOM's NumberOfFrames
 
 @contextmanager
 def opened_file(file: Path, buffering: int = io.DEFAULT_BUFFER_SIZE) -> Iterator[BinaryIO]:
-    """Open a file of a data set for reading. Raises DataError for a pipe, a device or a folder, OSError as `open`."""
+    """Open a file of a data set for reading. Raises DataError for a pipe, a device, a folder, and for what is no path;
+    OSError as `open`.
+    """
     try:
         opened = open(file, "rb", buffering, opener=open_regular)
     except FileKindError as error:
         raise DataError(str(error)) from error
+    except ValueError as error:  # a NUL, or what is no text
+        raise DataError(f"{str(file)!a} can't be the path of a file: {error}.") from error
     with opened as stream:
         yield stream
 

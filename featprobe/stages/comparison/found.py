@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from featprobe.errors import FeatprobeError
 from featprobe.metrics import Statistic, grouped, paired_difference
+from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.images import value_of
 from featprobe.report.page import Probability
 from featprobe.report.pod_plot import pod_plot
@@ -42,7 +43,11 @@ class Findings:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a reader should know of the inspections, each sentence once."""
-        return tuple(dict.fromkeys(note for own in self.inspections for note in own.notes))
+        rules = dict.fromkeys(rule_text(own.records.about.rule) for own in self.inspections)
+        apart = f"records follow different rules of what is found ({'; '.join(rules)}), so only heads of one rule are "
+        apart += "compared by what they find. To make all by one rule:  featprobe inspect --rescore --found usual"
+        notes = [note for own in self.inspections for note in own.notes]
+        return tuple(dict.fromkeys([*([apart] if len(rules) > 1 else []), *notes]))
 
 
 def findings_of(workspace: Workspace, table: Table) -> Findings:
@@ -87,10 +92,11 @@ def _line(result: Result, own: Inspection, table: Table) -> Line:
 
 def _difference(a: tuple[Result, Inspection], b: tuple[Result, Inspection], kind: str) -> Line | None:
     """The share of the defects that the first finds minus that of the second; None where these are not the same, or
-    their operating points were chosen for different things."""
+    found by different rules, or where their operating points were chosen for different things."""
     one, other = a[1], b[1]
     counts = [_defects_by_image(own) for own in (one, other)]
-    if counts[0] != counts[1] or one.points[0].wanted != other.points[0].wanted:
+    asked = [(own.records.about.rule, own.points[0].wanted) for own in (one, other)]
+    if counts[0] != counts[1] or asked[0] != asked[1]:
         return None
     first, second = _recall(one), _recall(other)
     if not first or not second:

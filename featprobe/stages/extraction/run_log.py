@@ -13,6 +13,7 @@ from featprobe.errors import FileKindError, counted
 from featprobe.io.disk import append_line, parse_json, read_regular
 
 LARGEST_LOG = 1 << 26  # bytes
+LONGEST_RUN = 1e10  # seconds, which are three hundred years
 
 
 def log_path(path: Path) -> Path:
@@ -30,7 +31,8 @@ def extraction_seconds(cache: Cache) -> float | None:
     """Seconds that extraction took over all its runs; None where they were not kept, or not all of them."""
     try:
         lines = read_regular(log_path(cache.path), LARGEST_LOG).splitlines()
-        return sum(parse_json(line)["seconds"]["run"] for line in lines)
+        each = [parse_json(line)["seconds"]["run"] for line in lines]
+        return sum(each) if all(type(own) in (int, float) and 0 <= own <= LONGEST_RUN for own in each) else None
     except (OSError, ValueError, KeyError, TypeError, FileKindError):  # a kill can tear a line
         return None
 

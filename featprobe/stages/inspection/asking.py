@@ -1,5 +1,6 @@
 """What is asked of an inspection, and the refusals where records can't carry it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,18 @@ def check_rule(folder: Path, records: Records, rule: FoundRule | None) -> None:
         f"Take theirs:  omit --found and --same-class\n"
         f"or make records of your rule:  featprobe inspect --rescore {rule_words(rule)} {folder}"
     )
+
+
+def check_rules(folders: Sequence[Path], each: Sequence[Records]) -> None:
+    """Raise ProbeError where the records of folds follow different rules: they are no one test."""
+    rules = [own.about.rule for own in each]
+    if len(set(rules)) > 1:
+        said = "\n".join(f"          {folder}: {rule_text(own)}" for folder, own in zip(folders, rules, strict=True))
+        raise ProbeError(
+            "The records of the folds of a cross-validation follow different rules of what is found. Nothing was "
+            f"computed.\n  wanted  the same of all\n  found\n{said}\n"
+            f"Make them by one rule:  featprobe inspect --rescore {rule_words(rules[0])} {folders[0].parents[1]}"
+        )
 
 
 def check_parts(folder: Path, records: Records, wanted: Wanted | None) -> None:

@@ -22,7 +22,7 @@ from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, re
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 from featprobe.metrics.thresholds import units_needed
 from featprobe.result_rows import ResultRow
-from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_size
+from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_rules, check_size
 from featprobe.stages.inspection.scored_heads import (
     ScoredHead,
     by_run,
@@ -334,6 +334,7 @@ def _choose(head: ScoredHead, validation: Records, wanted: Wanted, least_area: i
 def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, seeds: int = 1) -> Inspection:
     """What one head finds, or those of all folds of a cross-validation. Nothing is written."""
     every = [_records(workspace, head, asked) for head in heads]
+    check_rules([head.folder for head in heads], every)
     chosen = [_chosen(head, own, asked) for head, own in zip(heads, every, strict=True)]
     points = tuple(own.point for own in chosen)
     _check_alike(heads, points)

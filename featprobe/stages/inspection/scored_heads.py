@@ -38,6 +38,8 @@ def head_in(folder: Path) -> ScoredHead:
             card.get("result"),
             Path((card.get("data") or {}).get("root", "")),
         )
+        if "\0" in str(root):
+            raise ValueError("the root of its data set is no path")
     except FileNotFoundError as error:
         raise ProbeError(_no_head(folder)) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FileKindError, RecursionError) as error:

@@ -22,7 +22,7 @@ from featprobe.stages.predictor import backbone_of
 from featprobe.stages.recording.base import USUAL_RULE, record_validation
 from featprobe.stages.recording.record_file import RECORDS, write_records
 from featprobe.stages.tasks.task import Source
-from featprobe.stages.training.asked import as_trained, caches_by_key
+from featprobe.stages.training.asked import as_trained, caches_by_key, no_cache
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.prepared import Prepared, prepare, source_of
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
@@ -72,7 +72,7 @@ def rescore(
     for saved in passes.values():
         row = saved[0].row
         try:
-            cache = _cache_of(caches, saved[0])
+            cache = _cache_of(workspace, caches, saved[0])
             training = _training(workspace, cache, saved, device, quiet)
             with fitting(training.device, KEPT):
                 notes += _rescored(training, saved, rule or USUAL_RULE)
@@ -135,13 +135,13 @@ def _tuning(row: ResultRow, device: torch.device) -> Tuning | None:
     return Tuning(**values)
 
 
-def _cache_of(caches: Mapping[tuple[str, str], Cache], saved: _Saved) -> Cache:
+def _cache_of(workspace: Workspace, caches: Mapping[tuple[str, str], Cache], saved: _Saved) -> Cache:
     """The cache that a head was trained from; raises CacheError where it is not here, or not whole."""
     row = saved.row
     cache = caches.get((row.feature_key, row.data_fingerprint))
     if cache is None:
         again = command_of_card(saved.card, row.data, {})
-        raise CacheError(f"its cache is not here any more. Make it again:  {again}")
+        raise CacheError(f"{no_cache(workspace)}. Make it again:  {again}")
     cache.usable()
     return cache
 

@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from featprobe.cache import Cache, open_cache
-from featprobe.errors import FeatprobeError, FileKindError, UsageError, counted
-from featprobe.io.disk import below, open_regular, read_json, sync_files, write_whole
+from featprobe.errors import DiskError, FeatprobeError, FileKindError, UsageError, counted
+from featprobe.io.disk import REFUSALS, below, open_regular, read_json, sync_files, write_whole
 from featprobe.io.texts import printable
 from featprobe.probes import append_row
 from featprobe.probes.saved import read_rows
@@ -296,6 +296,12 @@ def _submit(executor: Any, folder: Path, tasks: Sequence[Any]) -> Iterator[str]:
             with redirect_stderr(io.StringIO()), executor.batch():  # submitit prints what sbatch says, and raises it
                 jobs = [executor.submit(task) for task in tasks[start : start + size]]
         except Exception as error:  # what sbatch says comes in several classes
+            if isinstance(error, OSError) and (error.errno in REFUSALS or _is_in(folder, error.filename)):
+                raise DiskError(
+                    f"{error.filename or folder} can't be written: {error.strerror}.\n"
+                    "What SLURM took before is in the queue (squeue). Make room or choose another disk, then run the "
+                    "same command again: nothing is handed over twice."
+                ) from error
             said = dict.fromkeys(line.removeprefix("sbatch: error: ").strip() for line in str(error).splitlines())
             raise FeatprobeError(
                 f"SLURM takes no job: {'; '.join(filter(None, said))}.\n"
@@ -305,6 +311,11 @@ def _submit(executor: Any, folder: Path, tasks: Sequence[Any]) -> Iterator[str]:
         with suppress(OSError):
             sync_files(folder / f"{job.job_id}_submitted.pkl" for job in jobs)
         yield from (job.job_id for job in jobs)
+
+
+def _is_in(folder: Path, name: object) -> bool:
+    """Whether a name is that of a file in a folder."""
+    return isinstance(name, str | os.PathLike) and Path(name).parent == folder
 
 
 def _queue() -> dict[str, str]:

@@ -305,6 +305,13 @@ def caches_by_key(workspace: Workspace) -> dict[tuple[str, str], Cache]:
     return {(cache.recipe.key, cache.data.fingerprint): cache for cache in _opened(workspace)[0]}
 
 
+def no_cache(workspace: Workspace) -> str:
+    """Why the cache of a row is not among `caches_by_key`: it is gone, or is one of those that can't be opened."""
+    _, broken = _opened(workspace)
+    why = f", or is one that can't be opened ({str(broken[0]).splitlines()[0].rstrip('.')})" if broken else ""
+    return f"its cache is not here any more{why}"
+
+
 def as_trained(row: ResultRow, card: Mapping[str, Any], options: ProbeOptions) -> ProbeOptions:
     """Options that mean the head of a row and the data that it was trained on. card: of that head.
 

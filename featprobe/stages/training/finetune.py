@@ -25,6 +25,7 @@ from featprobe.stages.training.asked import (
     find_caches,
     labels_for,
     left_aside,
+    no_cache,
 )
 from featprobe.stages.training.forecast import forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
@@ -209,7 +210,7 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         cache = caches.get((row.feature_key, row.data_fingerprint))
         try:
             if cache is None:
-                raise CacheError("its cache is not here any more")
+                raise CacheError(no_cache(workspace))
             cache.usable()
             if row.fraction < 1 and not row.subset:
                 raise ProbeError("its part of the training split does not follow the seed: probe it again")

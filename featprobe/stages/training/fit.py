@@ -209,7 +209,7 @@ def _trained(
         curves = train(
             heads, [trial.recipe for trial in trials], source.training, prepared.rows["train"], loss, training.seeds[0],
             evaluate, progress, tuned(training, source, trials[0].recipe), checkpoint,
-            training.chooses_by if training.recipe.weights_from == "best" else None, taken=taken,
+            training.chooses_by, taken=taken,
             **placed(prepared, source, heads[0]),
         )  # fmt: skip
     return Fitted(tuple(trials), tuple(curves), seconds_before=checkpoint.before if checkpoint else 0.0)

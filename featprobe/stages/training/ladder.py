@@ -81,8 +81,9 @@ def budget_of(rungs: Sequence[int], scores: Scores) -> Budget:
     >>> budget_of((250, 500), {250: 0.3, 500: 0.4})
     Budget(needed=500, open=True, comparison='')
     """
-    best = max(map(_known, scores.values()))
-    needed = min(rung for rung, score in scores.items() if best - _known(score) <= GAIN)
+    known = {rung: _known(scores[rung]) for rung in rungs if rung in scores}  # a file may name others
+    best = max(known.values())
+    needed = min(rung for rung, score in known.items() if best - score <= GAIN)
     return Budget(needed, needed == rungs[-1] or best == 0)
 
 
@@ -248,7 +249,7 @@ class Ladder:
     def _own_scores(self, rows: Iterable[LadderRow]) -> dict[int, float]:
         seeds = len(self._seeds())
         whole = [row for row in rows if row.ladder == self.key and len(row.seed_scores) >= seeds]
-        return self._scores_of(whole).get(self.key, {})
+        return {n: score for n, score in self._scores_of(whole).get(self.key, {}).items() if n in self.rungs}
 
     @staticmethod
     def _scores_of(rows: Iterable[LadderRow]) -> dict[str, dict[int, float]]:

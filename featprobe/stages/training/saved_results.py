@@ -42,7 +42,11 @@ def card_beside(probes: Path, row: ResultRow, *, hashes: bool = False) -> dict[s
     folder = head_folder(probes, row)
     if not row.is_known:
         raise ProbeError(f"the task {row.task} is not known here")
-    if not (folder / "card.json").is_file():
+    try:
+        has_card = (folder / "card.json").is_file()
+    except OSError as error:
+        raise ProbeError(f"{folder} can't be read: {error.strerror}. It may be sound") from error
+    if not has_card:
         gone = "its folder is not here any more" if not folder.is_dir() else "its folder holds no card.json"
         raise damaged(row, gone)
     try:

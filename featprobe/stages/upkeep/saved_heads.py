@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from featprobe.errors import ProbeError, nearest
-from featprobe.io.disk import filter_lines, in_use, read_regular
+from featprobe.io.disk import filter_lines, in_use, is_there, listable, read_regular
 from featprobe.machine import available_memory
 from featprobe.result_rows import ResultRow, folder_of, row_of
 from featprobe.stages.workspace import Workspace
@@ -40,14 +40,17 @@ class HeadFolder:
 
 
 def head_folders(workspace: Workspace) -> list[HeadFolder]:
-    """Every head's folder of a workspace, by name. No link is followed."""
+    """Every head's folder of a workspace, by name. No link is followed.
+
+    Raises FeatprobeError where the folder of all heads may not be read.
+    """
     rows = last_rows(workspace.probes / RESULTS)
     found = []
-    for path in _below(workspace.probes, 5):
+    for path in _below(listable(workspace.probes), 5):
         name = path.relative_to(workspace.probes).as_posix()
         if HEAD.fullmatch(name):
             row = rows.get(name)
-            found.append(HeadFolder(path, name, _size(path), row, (path / "card.json").is_file()))
+            found.append(HeadFolder(path, name, _size(path), row, os.path.isfile(path / "card.json")))
     return sorted(found, key=lambda own: own.name)
 
 
@@ -72,7 +75,7 @@ def _size(folder: Path) -> int:
 
 def last_rows(path: Path) -> Mapping[str, ResultRow]:
     """The last row of each folder in results.jsonl; what holds no row, or one of an unknown task, is passed over."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return {}
     found = {}
     for line in read_regular(path, available_memory() // IN_MEMORY).split(b"\n"):

@@ -169,6 +169,13 @@ def test_images_that_hide_behind_a_page_are_refused(tmp_path: Path, count: int) 
             read_levels(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a\0b.png", "\ud800.png"])
+def test_what_is_no_path_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    for look in (read_levels, hash_image, image_size):
+        with pytest.raises(DataError, match=r"can't be the path of a file|is truncated or damaged"):
+            look(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["3", "003", "00003", "+003", " 003", "-001", "0x03", "000a", "٠٠٠٣"])
 def test_a_page_has_one_name(tmp_path: Path, name: str) -> None:
     write_pages(tmp_path / "stack.tif", [np.eye(9, dtype=np.uint8)] * 4)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from click.testing import CliRunner
 from golden.make_golden import stand_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inspected_space import drawn, keep, rows_of, stored_space
+from inspected_space import drawn, keep, rows_of, stored_space, with_about
 
 from featprobe.cli.main import cli
+from featprobe.metrics.defects.records import FoundRule
 from featprobe.metrics.intervals import draw_weights
 from featprobe.report.pod_plot import PodLine, PodPicture
 from featprobe.stages.comparison import found
@@ -70,6 +72,17 @@ def test_heads_are_compared_by_the_defects_that_both_were_shown(report: Comparis
     assert (line["folder_a"], line["folder_b"]) == (frozen["folder"], full["folder"]) and line["kind"] == "regimes"
     assert line["difference"] == pytest.approx((frozen["found"] - full["found"]) / frozen["defects"])
     assert line["difference"] != 0 and line["p_holm"] == line["p"], "it is the only one"
+
+
+def test_heads_are_not_compared_by_different_rules_of_what_is_found(space: Workspace) -> None:
+    rows = {row.regime: row for row in rows_of(space)}
+    one, other = (inspect_head(space, rows[regime]) for regime in ("frozen", "full"))
+    strict = replace(other, records=with_about(other.records, rule=FoundRule(0.5)))
+    assert found._difference((None, one), (None, other), "regimes")
+    assert found._difference((None, one), (None, strict), "regimes") is None
+    (note, *_) = found.Findings((), (one, strict), (), ()).notes
+    assert "different rules" in note and "IoU at least 0.5" in note and "--rescore --found usual" in note
+    assert not any("different rules" in text for text in found.Findings((), (one, other), (), ()).notes)
 
 
 @settings(max_examples=25)

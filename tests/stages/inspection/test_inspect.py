@@ -15,6 +15,7 @@ from inspected_space import drawn, keep, rows_of, stored_space, with_about, with
 from featprobe.errors import ProbeError, UsageError
 from featprobe.metrics.defects.operating import Wanted
 from featprobe.metrics.defects.records import DEFECT, GOOD, NOTHING, FoundRule, Records
+from featprobe.specs import digest
 from featprobe.stages.inspection.inspect import Inspection, Inspections, inspect, inspect_head
 from featprobe.stages.inspection.lines import Line, head_line, plain_json, tables_of, write_tables
 from featprobe.stages.workspace import Workspace
@@ -153,6 +154,16 @@ def test_folds_with_points_for_different_things_are_no_one_test(tmp_path: Path) 
     assert inspect(space).each[0].kept
 
 
+def test_folds_whose_records_follow_different_rules_are_no_one_test(tmp_path: Path) -> None:
+    space = stored_space(tmp_path, ("semseg-ridge-8316",))
+    first, _ = (space.probes / row.folder for row in rows_of(space))
+    keep(first, drawn(1, "val"), drawn(2, "test"), rule=FoundRule(0.5, same_class=True))
+    with pytest.raises(ProbeError, match=r"different rules(.|\n)*IoU at least 0.5, classes(.|\n)*center") as refused:
+        inspect(space)
+    assert f"featprobe inspect --rescore --found iou:0.5 --same-class {first.parents[1]}" in str(refused.value)
+    assert inspect(space, [first]).each[0].records.about.rule.iou == 0.5, "alone it has one rule"
+
+
 def test_folds_are_one_test_set_each_at_its_own_threshold(tmp_path: Path) -> None:
     space = stored_space(tmp_path, ("semseg-ridge-8316",))
     first, second = rows_of(space)
@@ -287,6 +298,13 @@ def test_folders_that_hold_no_head_say_which_do(space: Workspace, tmp_path: Path
         if said:
             with pytest.raises(ProbeError, match=said):
                 inspect(space, [head])
+    for root in ("a\0b", 5):
+        changed_card = {**card, "data": {**card["data"], "root": root}}
+        changed_card.pop("card_sha256")
+        (head / "card.json").write_text(json.dumps({**changed_card, "card_sha256": digest(changed_card)}))
+        with pytest.raises(ProbeError, match="no saved head that can be read"):
+            inspect(space, [head])
+    (head / "card.json").write_text(json.dumps(card))
     with pytest.raises(ProbeError, match="another workspace"):
         inspect(space, [head], rescore=True)
     (head / "card.json").write_text("[" * 100_000)

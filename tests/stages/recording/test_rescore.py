@@ -135,7 +135,10 @@ def test_what_can_not_be_made_again_is_said_and_the_others_are_made(
     (cache,) = workspace.cache_files()
     cache.unlink()
     (lost,) = remade(workspace, rows[:1])
-    assert "its cache is not here any more" in lost and "featprobe extract --backbone embedded --data xray" in lost
+    assert "its cache is not here any more. " in lost and "featprobe extract --backbone embedded --data xray" in lost
+    cache.write_bytes(b"x")
+    (shut,) = remade(workspace, rows[:1])
+    assert f"not here any more, or is one that can't be opened ({cache} is not" in shut, "it is not taken for absent"
     assert not files_of(workspace, rows)[0].exists()
 
 

@@ -247,6 +247,8 @@ FORGED: dict[str, Callable[[dict[str, Any]], Any]] = {
         }
     ),
     "spacing": lambda a: a["own/spacing"].__setitem__(0, -1),
+    "endless": lambda a: a["own/spacing"].__setitem__(0, np.inf),
+    "cut": lambda a: a["own/cut"].view(np.uint8).__setitem__(0, 2),
     "good": lambda a: a["own/good"].__setitem__(0, 7),
     "type": lambda a: a.update({"own/boxes": a["own/boxes"].astype(float)}),
     "shape": lambda a: a.update({"own/boxes": a["own/boxes"][:, :3]}),

@@ -1,10 +1,11 @@
 """What `--launcher slurm` says without a cluster; tests/cluster has what it does on one."""
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from submitit.core.utils import DelayedSubmission
 from test_study import SMALL, written
 
 from featprobe.cli.main import cli
-from featprobe.errors import FeatprobeError
+from featprobe.errors import DiskError, FeatprobeError
 from featprobe.probes.saved import read_rows
 from featprobe.stages.study import cluster, cluster_job
 from featprobe.stages.study.cluster import TrainingJob, _reason
@@ -173,6 +174,34 @@ def test_jobs_that_slurm_took_are_noted_where_it_takes_no_more(
         cluster._hand_over(Full(), workspace.root, jobs, str)
     rows, _ = read_rows(workspace.root / "jobs" / "jobs.jsonl")
     assert [(row["what"], row["job"]) for row in rows] == [(str(jobs[0].cell), "1_0"), (str(jobs[1].cell), "1_1")]
+
+
+@pytest.mark.parametrize(
+    ("error", "disk"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "JOBS/1.pkl"), True),
+        (PermissionError(errno.EACCES, "Permission denied", "/usr/bin/sbatch"), False),
+        (RuntimeError("sbatch: error: no such partition"), False),
+    ],
+    ids=str,
+)
+def test_a_disk_that_takes_no_job_is_not_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, disk: bool
+) -> None:
+    monkeypatch.setattr(cluster, "_ask", lambda *command: "")
+    if isinstance(error, OSError) and error.filename:
+        error.filename = error.filename.replace("JOBS", str(tmp_path))
+
+    def submit(task: object) -> None:
+        raise error
+
+    executor = SimpleNamespace(batch=nullcontext, submit=submit)
+    with pytest.raises(FeatprobeError) as caught:
+        list(cluster._submit(executor, tmp_path, ["task"]))
+    said = str(caught.value)
+    assert isinstance(caught.value, DiskError) is disk and ("Make room" in said) is disk
+    assert f"{tmp_path}" in said if disk else "SLURM takes no job" in said and "--slurm partition=NAME" in said
 
 
 def test_a_job_of_another_version_is_refused_in_words(workspace: Workspace, tmp_path: Path) -> None:

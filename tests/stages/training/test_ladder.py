@@ -88,6 +88,13 @@ def test_a_detector_that_finds_nothing_for_long_still_climbs_to_where_it_does() 
 # ---- the weights of the best point -----------------------------------------------------------------------------------
 
 
+def test_rungs_that_no_ladder_has_decide_nothing() -> None:
+    """Anybody can append a line to ladders.jsonl."""
+    scores = {250: 0.3, 500: 0.4, 3: 0.4, -5: 0.4, 10**9: 1.0}
+    assert budget_of((250, 500), scores).needed == 500
+    assert next_rung((250, 500), 250, scores) is None
+
+
 def peaked(scores: dict[int, list[float]], weights_from: Any) -> tuple[list[nn.Linear], dict[int, list[torch.Tensor]]]:
     """Two heads trained together whose scores are as given by iteration; and their weights at each point."""
     torch.manual_seed(0)

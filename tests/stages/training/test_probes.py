@@ -751,6 +751,9 @@ def test_a_torn_log_of_extractions_makes_their_seconds_unknown_and_nothing_else(
     try:
         log.write_text(whole + whole[:40])
         assert extraction_seconds(cache) is None
+        for forged in ("1e400", "NaN", "-1", "true", "9" * 400, '"x"', "[1]"):
+            log.write_text(whole + '{"seconds": {"run": ' + forged + "}}\n")
+            assert extraction_seconds(cache) is None, forged
         log.unlink()
         assert extraction_seconds(cache) is None
     finally:
