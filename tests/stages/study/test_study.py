@@ -349,9 +349,7 @@ def test_processes_that_append_at_once_lose_and_mix_no_row(tmp_path: Path) -> No
     append_row(path, {"writer": -1, "number": 0, "filling": ""})
     with path.open("a") as stream:
         stream.write('{"version": 1, "writer": -1, "num')  # as a kill leaves it
-    doomed, *others = [
-        CONTEXT.Process(target=append_rows, args=(path, w, 10**9 if w == 0 else 300)) for w in range(4)
-    ]
+    doomed, *others = [CONTEXT.Process(target=append_rows, args=(path, w, 10**9 if w == 0 else 300)) for w in range(4)]
     for process in (doomed, *others):
         process.start()
     while sum(b'"writer":0' in line for line in path.read_bytes().splitlines()) < 50:
@@ -437,9 +435,7 @@ def left_behind(workspace: Workspace) -> tuple[int, int, int]:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(
-    workspace: Workspace, tmp_path: Path
-) -> None:
+def test_a_study_that_is_killed_ten_times_ends_as_one_that_is_not(workspace: Workspace, tmp_path: Path) -> None:
     study = written(tmp_path, KILLED)
     whole = Workspace(tmp_path / "whole")
     shutil.copytree(workspace.data, whole.data)
