@@ -10,8 +10,10 @@ must be there still. The same command again must then give what it gives without
 """
 
 import argparse
+import io
 import random
 import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,9 +65,24 @@ def faults_of(bench: Bench, name: str, fault: Fault, whole: tuple[Any, ...], cha
 
 
 def half_written(before: Mapping[str, bytes], after: Mapping[str, bytes], changed: Mapping[str, int]) -> list[str]:
-    """Files that are neither as they were nor about as long as without errors; times and paths vary in length."""
+    """Files that are neither as they were nor whole.
+
+    A file is whole that is about as long as without errors: times and paths vary in length. A page or an archive may
+    hold less, and must then have its end.
+    """
     new = [path for path in changed if path in after and after[path] != before.get(path)]
-    return [path for path in new if len(after[path]) < changed[path] * LEAST]
+    return [path for path in new if len(after[path]) < changed[path] * LEAST and not has_end(path, after[path])]
+
+
+def has_end(path: str, data: bytes) -> bool:
+    """Whether a file of a kind that shows it is all there: of an archive also its checksums."""
+    if path.endswith(".html"):
+        return data.rstrip().endswith(b"</html>")
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            return path.endswith(".npz") and archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def counted(bench: Bench, name: str) -> tuple[Ran, tuple[Any, ...], dict[str, int]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,13 @@ def test_the_judge_of_disk_errors_sees_what_is_half_written_and_what_is_gone(tmp
     changed = {"new": 100, "old": 100, "gone": 0}
     assert half_written({"old": b"a" * 50}, {"new": b"a" * 90, "old": b"a" * 50}, changed) == []
     assert half_written({"old": b"a" * 50}, {"new": b"a" * 40, "old": b"b" * 50}, changed) == ["new", "old"]
+    archive = BytesIO()
+    np.savez(archive, values=np.arange(9))
+    whole = {"a.html": b"<p></html>\n", "a.npz": archive.getvalue()}
+    assert half_written({}, whole, dict.fromkeys(whole, 10_000)) == []
+    for broken in (whole["a.npz"][:-9], whole["a.npz"].replace(b"\x08", b"\x09")):
+        torn = {"a.html": b"<p></ht", "a.npz": broken}
+        assert half_written({}, torn, dict.fromkeys(torn, 10_000)) == ["a.html", "a.npz"]
 
     class Losing(Bench):
         seen = [{b"row 1", b"row 2", b"removed"}, {b"row 1"}]  # noqa: RUF012

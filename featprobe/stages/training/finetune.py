@@ -33,7 +33,7 @@ from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import ProbeReport, extraction, notes_of, show, splittable
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.read_labels import check_live
-from featprobe.stages.training.run import Say, run
+from featprobe.stages.training.run import Say, forget, forget_in, run
 from featprobe.stages.training.saved_results import is_whole
 from featprobe.stages.training.training import Training
 from featprobe.stages.workspace import AnySet, Workspace
@@ -118,9 +118,9 @@ def _finetune(
 ) -> ProbeReport:
     check_logs(options.log)
     if task or data or backbones:
-        wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options)
+        wanted, notes = _asked_for(workspace, task or TASKS[0], data, backbones, options, dry_run)
     else:
-        wanted, notes = missing_counterparts(workspace, options)
+        wanted, notes = missing_counterparts(workspace, options, dry_run)
     searches = {one.alike: one.ladder(workspace) for one in wanted}
     ladders = [ladder for ladder in searches.values() if ladder]
     climb_all(ladders, say, dry_run)
@@ -153,7 +153,7 @@ def _finetune(
 
 
 def _asked_for(
-    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions
+    workspace: Workspace, task: str, data: Sequence[str], backbones: Sequence[str], options: ProbeOptions, dry_run: bool
 ) -> tuple[list[Missing], list[str]]:
     options = checked_live(task, options)
     caches, notes = find_caches(workspace, task, data, backbones, options.instances, pooled=True, live=True)
@@ -170,12 +170,16 @@ def _asked_for(
                 training = replace(one, options=own).training(workspace)
                 if not own.climbs(fraction) and training.is_done():
                     notes.append(f"there already: {training.folder}/seed{seed} (remove it to train again)")
+                    if is_main() and not dry_run:
+                        forget(training)
                 else:
                     found.append(one)
     return found, notes
 
 
-def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[list[Missing], list[str]]:
+def missing_counterparts(
+    workspace: Workspace, options: ProbeOptions, dry_run: bool = True
+) -> tuple[list[Missing], list[str]]:
     """The counterparts that frozen results lack in the regime of `options`; raises ProbeError if none is lacking.
 
     Of several frozen results of one kind the last counts. Where images are augmented anew, stored views make no kind of
@@ -192,11 +196,14 @@ def missing_counterparts(workspace: Workspace, options: ProbeOptions) -> tuple[l
         counterpart_of(row, climbs): row for row in rows if row.regime == FROZEN and row.is_known and row.kind.live
     }
     treated = (options.regime, options.tuning.augment)
-    there = {
-        counterpart_of(row)
+    whole = [
+        row
         for row in rows
         if (row.regime, bool(row.tuning and row.tuning.augment)) == treated and is_whole(workspace.probes, row)
-    }
+    ]
+    for row in whole if is_main() and not dry_run else ():
+        forget_in(head_folder(workspace.probes, row))
+    there = {counterpart_of(row) for row in whole}
     if not frozen:
         raise ProbeError(
             f"There is no frozen result in {workspace.probes} to compare with.\n"

@@ -169,10 +169,15 @@ def _beside(records: Records | None, head_sha256: str) -> dict[str, bytes]:
 
 def forget(training: Training) -> None:
     """Remove what a kill right after the end of trainings leaves: their state, and what was being written."""
-    for path in (training.folder / f"seed{training.seeds[0]}").glob("checkpoint*"):
-        path.unlink(missing_ok=True)
     for folder in training.folders:
-        remove_leftovers(training.workspace.probes / folder)
+        forget_in(training.workspace.probes / folder)
+
+
+def forget_in(folder: Path) -> None:
+    """The same in the folder of a head that is whole."""
+    for path in folder.glob("checkpoint*"):
+        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
 
 
 def draw_sheet(finished: Finished, count: int) -> Path:

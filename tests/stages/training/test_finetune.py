@@ -261,8 +261,12 @@ def test_without_arguments_the_missing_counterparts_are_trained_once(
     assert [(r["task"], r["recipe"]["lr"]) for r in rows] == [
         (r["task"], r["recipe"]["lr"]) for r in frozen if r["head"] != "ridge"
     ]
-    with pytest.raises(ProbeError, match="has its counterpart"):
-        finetune(workspace, options=ProbeOptions(quiet=True))
+    state = workspace.probes / rows[0]["folder"] / "checkpoint0.pt"
+    state.write_bytes(b"")  # as a kill between the row and its removal leaves it
+    for dry_run in (True, False):
+        with pytest.raises(ProbeError, match="has its counterpart"):
+            finetune(workspace, options=ProbeOptions(quiet=True), dry_run=dry_run)
+        assert state.exists() is dry_run
     (workspace.probes / rows[0]["folder"] / "backbone.safetensors").write_bytes(b"")  # as a loss of power may leave it
     (reason,) = [item.reason for item in load_results(workspace.probes)[1]]
     assert reason.endswith("Train it again:  featprobe finetune"), "with the rate that its frozen result has chosen"
@@ -300,9 +304,13 @@ def test_nothing_of_a_training_is_held_while_the_next_one_runs(
 
 def test_what_is_there_already_is_not_trained_again(space: Workspace) -> None:
     options = options_for("semseg", Tuning(clip=0.5))
-    assert len(finetune(space, "semseg", options=options).rows) == 1
+    (row,) = finetune(space, "semseg", options=options).rows
+    state = space.probes / row["folder"] / "checkpoint0.pt"
+    state.write_bytes(b"")  # as a kill between the row and its removal leaves it
+    finetune(space, "semseg", options=options, dry_run=True)
+    assert state.exists()
     again = finetune(space, "semseg", options=options)
-    assert not again.rows and any("there already" in note for note in again.notes)
+    assert not again.rows and any("there already" in note for note in again.notes) and not state.exists()
 
 
 def test_options_that_would_change_nothing_are_refused() -> None:
