@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def asked(path: Path, start: int, length: int) -> str:
-    """What another process is told that asks for bytes."""
+    """The answer to another process that asks for bytes."""
     command = [sys.executable, "-c", ASKS, str(path), str(start), str(length)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
