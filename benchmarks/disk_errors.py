@@ -14,6 +14,7 @@ import io
 import random
 import tempfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -81,7 +82,7 @@ def has_end(path: str, data: bytes) -> bool:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             return path.endswith(".npz") and archive.testzip() is None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, EOFError):
         return False
 
 

@@ -239,9 +239,9 @@ def main() -> None:
         rate = {name: f"{BATCH / timings.median(f'{case}: {name}'):.0f}" for name in ("before", "now")}
         ratio = quartile_text(timings.quartiles(f"{case}: before", f"{case}: now"))
         rows.append({"samples/s": case, **rate, "ratio": ratio, "apart": f"{distances[case]:.0e}"})
-    kept = [(f"{head}, embedded, whole", target) for head, target in TARGETS.items()]
-    least = min((ratios[case] / target for case, target in kept if case in ratios), default=0.0)
-    report("heads", least, 1.0, rows, rounds=options.rounds, size=options.size, **ratios)
+    # a case that was left out has not reached its target
+    least = min(ratios.get(f"{head}, embedded, whole", 0.0) / target for head, target in TARGETS.items())
+    report("heads", least, 1.0, rows, rounds=options.rounds, size=options.size, cases=options.cases, **ratios)
 
 
 if __name__ == "__main__":
