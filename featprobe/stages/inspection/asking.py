@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from featprobe.errors import ProbeError, counted
-from featprobe.metrics.defects.operating import Wanted
+from featprobe.metrics.defects.operating import OperatingPoint, Wanted
 from featprobe.metrics.defects.overlaps import rule_text
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 
@@ -45,12 +45,23 @@ def check_rule(folder: Path, records: Records, rule: FoundRule | None) -> None:
 def check_rules(folders: Sequence[Path], each: Sequence[Records]) -> None:
     """Raise ProbeError where the records of folds follow different rules: they are no one test."""
     rules = [own.about.rule for own in each]
-    if len(set(rules)) > 1:
-        said = "\n".join(f"          {folder}: {rule_text(own)}" for folder, own in zip(folders, rules, strict=True))
+    mend = f"Make them by one rule:  featprobe inspect --rescore {rule_words(rules[0])} {folders[0].parents[1]}"
+    _check_alike("records follow different rules of what is found", folders, [rule_text(own) for own in rules], mend)
+
+
+def check_points(folders: Sequence[Path], points: Sequence[OperatingPoint]) -> None:
+    """Raise ProbeError where folds decide at operating points for different things: they are no one test."""
+    said = [f"{point.wanted}, calls of {point.least_area} pixels or more" for point in points]
+    mend = f"Choose one for all:  featprobe inspect {folders[0].parents[1]} --false-calls 0.1"
+    _check_alike("operating points are for different things", folders, said, mend)
+
+
+def _check_alike(fault: str, folders: Sequence[Path], said: Sequence[str], mend: str) -> None:
+    if len(set(said)) > 1:
+        each = "\n".join(f"          {folder}: {own}" for folder, own in zip(folders, said, strict=True))
         raise ProbeError(
-            "The records of the folds of a cross-validation follow different rules of what is found. Nothing was "
-            f"computed.\n  wanted  the same of all\n  found\n{said}\n"
-            f"Make them by one rule:  featprobe inspect --rescore {rule_words(rules[0])} {folders[0].parents[1]}"
+            f"In the folds of a cross-validation, {fault}. Nothing was computed.\n"
+            f"  wanted  the same of all\n  found\n{each}\n{mend}"
         )
 
 

@@ -22,7 +22,7 @@ from featprobe.metrics.defects.recall_by_size import SizeBin, recall_by_size, re
 from featprobe.metrics.defects.records import FoundRule, Records, Size, Unit
 from featprobe.metrics.thresholds import units_needed
 from featprobe.result_rows import ResultRow
-from featprobe.stages.inspection.asking import Asked, check_parts, check_rule, check_rules, check_size
+from featprobe.stages.inspection.asking import Asked, check_parts, check_points, check_rule, check_rules, check_size
 from featprobe.stages.inspection.scored_heads import (
     ScoredHead,
     by_run,
@@ -337,7 +337,7 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
     check_rules([head.folder for head in heads], every)
     chosen = [_chosen(head, own, asked) for head, own in zip(heads, every, strict=True)]
     points = tuple(own.point for own in chosen)
-    _check_alike(heads, points)
+    check_points([head.folder for head in heads], points)
     parts = [own.with_least_area(point.least_area) for own, point in zip(every, points, strict=True)]
     tested = [own.of("test") for own in parts]
     records = Records.joined(tested).judged()
@@ -366,18 +366,6 @@ def inspected(workspace: Workspace, heads: Sequence[ScoredHead], asked: Asked, s
         pod=_pod(records, found, points, asked) if asked.pod else None,
     )
     return replace(result, notes=(*(own.note for own in chosen if own.note), *_notes(result)))
-
-
-def _check_alike(heads: Sequence[ScoredHead], points: Sequence[OperatingPoint]) -> None:
-    """Raise ProbeError where folds decide at operating points for different things: they are no one test."""
-    said = [f"{point.wanted}, calls of {point.least_area} pixels or more" for point in points]
-    if len(set(said)) > 1:
-        each = "\n".join(f"          {head.folder}: {own}" for head, own in zip(heads, said, strict=True))
-        raise ProbeError(
-            "The folds of a cross-validation have operating points for different things. Nothing was computed.\n"
-            f"  wanted  the same of all\n  found\n{each}\n"
-            f"Choose one for all:  featprobe inspect {heads[0].folder.parents[1]} --false-calls 0.1"
-        )
 
 
 def _pod(records: Records, found: NDArray[np.bool_], points: Sequence[OperatingPoint], asked: Asked) -> "PodAnswer":
