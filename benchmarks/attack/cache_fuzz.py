@@ -47,6 +47,7 @@ SOUND = {1: ("images-8775eda",), 2: ("tiles-9f0d5d9", "views-8775eda"), 3: ("ima
 """Version -> the archives whose caches are mutated; those of version 3 are copied into it first."""
 CPU_SECONDS = 2  # of a trial, which takes about 0.02
 WALL_SECONDS = 120
+HANGS = {signal.SIGPROF: "hang", signal.SIGALRM: "hang by the clock"}  # which runs while the process is stopped, too
 SPARE = 256 << 20  # bytes of memory beside twice the file
 SIGNS = (b"OHDR", b"TREE", b"HEAP", b"SNOD", b"GCOL", b"OCHK")  # what HDF5 puts before its own bookkeeping
 NASTY = (0, 1, 2, 0x7F, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1, 4096)
@@ -367,7 +368,7 @@ def run(trials: Iterator[int], prepare: Callable[[int], tuple[str, Sound]], path
 
 
 def fuzz(
-    sounds: Sequence[Sound], trials: int, seed: int, kinds: Sequence[str], seconds: float, keep: Path | None
+    sounds: Sequence[Sound], trials: range, seed: int, kinds: Sequence[str], seconds: float, keep: Path | None
 ) -> dict[str, Any]:
     """Counts of how mutated files were taken, and examples of what must not be."""
     counts: collections.Counter[str] = collections.Counter()
@@ -385,13 +386,13 @@ def fuzz(
         path.write_bytes(data)
         return kind, sound
 
-    trial, end = 0, time.monotonic() + seconds
-    while trial < trials and time.monotonic() < end:
+    trial, end = trials.start, time.monotonic() + seconds
+    while trial < trials.stop and time.monotonic() < end:
         read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(read)
-            left = itertools.takewhile(lambda _: time.monotonic() < end, range(trial, trials))
+            left = itertools.takewhile(lambda _: time.monotonic() < end, range(trial, trials.stop))
             run(left, prepare, path, write)
             os._exit(0)
         os.close(write)
@@ -403,7 +404,7 @@ def fuzz(
                 if ended:
                     code = os.waitpid(pid, 0)[1]
                     by = os.WTERMSIG(code)
-                    told = "hang" if by in (signal.SIGPROF, signal.SIGALRM) else f"crash {by}"
+                    told = HANGS.get(by, f"crash {by}")
                 trial = int(number) + 1
                 short = told.split(":")[0] if told.startswith("traceback") else told
                 counts[f"{kind} | {short}"] += 1
@@ -448,6 +449,7 @@ def main() -> None:
     parser.add_argument("--version", type=int, choices=(1, 2, 3), default=3, help="of the files")
     parser.add_argument("--cache", type=Path, help="a complete, sound cache to mutate instead")
     parser.add_argument("--trials", type=int, default=20000)
+    parser.add_argument("--first", type=int, default=0, help="trial to begin with, to look at one again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", help=f"of mutations, separated by commas: {','.join(KINDS)}")
     parser.add_argument("--seconds", type=float, default=1e9, help="end after so long, whatever --trials says")
@@ -458,7 +460,8 @@ def main() -> None:
         sounds = [look_at(asked.cache)] if asked.cache else sound_files(asked.version, folder)
         usual = PLAIN + (SEALED if sounds[0].sealed else ())
         kinds = asked.kinds.split(",") if asked.kinds else [kind.__name__ for kind in usual]
-        result = fuzz(sounds, asked.trials, asked.seed, kinds, asked.seconds, asked.keep)
+        trials = range(asked.first, asked.first + asked.trials)
+        result = fuzz(sounds, trials, asked.seed, kinds, asked.seconds, asked.keep)
     finally:
         shutil.rmtree(folder)
     print(json.dumps({"name": "cache_fuzz", "version": asked.version, "seed": asked.seed, **result}, indent=1))
