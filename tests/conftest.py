@@ -5,6 +5,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("named")
+
+
+@pytest.fixture(scope="module")
+def forked_hdf5() -> Iterator[None]:
+    """Old caches are read by processes that are forked (hdf5_server.py), not started anew."""
+    from hdf5_server import forked
+
+    with forked():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
