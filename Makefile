@@ -12,14 +12,14 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Under a minute: format, types, and the tests that the change touches, nearest first, as far as they begin in time.
 check: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not process" --within 25 $$($(BIN)/python tests/touched.py)
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not process" --within 25 $$($(BIN)/python tests/touched.py)
 
 # Starts a SLURM of this machine, and runs the tests of --launcher slurm on it; says why and skips them where there can be none
 # (with REQUIRED=--required that is an error).

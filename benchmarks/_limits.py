@@ -56,7 +56,7 @@ class Bench:
     @property
     def count(self) -> int:
         """Images of the set."""
-        return 60 if self.small else 1024
+        return 32 if self.small else 1024
 
     @property
     def side(self) -> int:

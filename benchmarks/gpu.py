@@ -122,6 +122,7 @@ class Trainings:
         """Seconds of a training of so many iterations, and its row."""
         head = how["head"]
         recipe = replace(KINDS[task, head].recipe, iterations=iterations, evaluations=1, **how.pop("loop", {}))
+        recipe = replace(recipe, batch_size=2) if self.bench.small else recipe
         tuning = how.pop("tuning", None)
         options = ProbeOptions(
             recipe=recipe, seeds=1, quiet=True, budget="fixed", device=self.bench.device.type, tuning=tuning, **how

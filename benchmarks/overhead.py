@@ -133,15 +133,16 @@ def extracted(folder: Path, frames: str) -> tuple[Workspace, Cache]:
     return workspace, find_caches(workspace, "detect", (), ())[0][0]
 
 
-def prepared(arm: Arm, workspace: Workspace, cache: Cache) -> Prepared:
-    """The product's training of an arm: its own recipe, with clipping."""
-    recipe = KINDS[arm.task, arm.head].recipe
+def prepared(arm: Arm, workspace: Workspace, cache: Cache, width: int | None = None) -> Prepared:
+    """The product's training of an arm: its own recipe, with clipping. width: of heads that have one."""
+    kind = KINDS[arm.task, arm.head]
+    recipe = kind.recipe
     changes: dict[str, Any] = {"iterations": STEPS + 1, "batch_size": arm.batch, "clip": recipe.clip or 1.0}
     changes |= {"loss_at": arm.loss_at} if arm.loss_at else {}
     rates = tuple(10.0**-power for power in range(2, 2 + arm.rates)) if arm.rates > 1 else ()
     options = ProbeOptions(
         head=arm.head, recipe=replace(recipe, **changes), lr=rates, weight_decay=rates, seeds=1,
-        device="cpu", quiet=True, kind=KINDS[arm.task, arm.head],
+        device="cpu", quiet=True, kind=kind, width=width if kind.width else None,
     )  # fmt: skip
     return prepare(Training(workspace, Partition(cache, options.choice), arm.task, options, (0,)))
 
@@ -186,7 +187,8 @@ def count_batch(ready: Prepared, stops: Counter[str]) -> Counter[str]:
         trial.head.eval()
         rows = ready.rows["val"]
         batches = -(-len(rows) // EVALUATION_BATCH)
-        ready.task.evaluate([trial.head], source.batches, rows)  # labels are read once
+        once = rows if ready.training.task == "semseg" else rows[:EVALUATION_BATCH]  # labels of pixels are read once
+        ready.task.evaluate([trial.head], source.batches, once)
         found = operators(lambda: ready.task.evaluate([trial.head], source.batches, rows), stops)
     return Counter({name: number / batches for name, number in found.items()})  # type: ignore[misc]
 
@@ -194,13 +196,17 @@ def count_batch(ready: Prepared, stops: Counter[str]) -> Counter[str]:
 COUNTS: dict[str, Callable[[Prepared, Counter[str]], Counter[str]]] = {"step": count_step, "batch": count_batch}
 
 
-def counted(arms: Sequence[Arm], frames: str, stops: dict[str, Counter[str]] | None = None) -> dict[str, Counter[str]]:
-    """Operators of every arm. stops: gets the places where each waits for the device."""
+def counted(
+    arms: Sequence[Arm], frames: str, stops: dict[str, Counter[str]] | None = None, width: int | None = None
+) -> dict[str, Counter[str]]:
+    """Operators of every arm. stops: gets the places where each waits for the device. width: of heads that have one."""
     places: dict[str, Counter[str]] = {arm.name: Counter() for arm in arms}
     with tempfile.TemporaryDirectory() as folder:
         workspace, cache = extracted(Path(folder), frames)
         with as_on_a_gpu():
-            found = {arm.name: COUNTS[arm.count](prepared(arm, workspace, cache), places[arm.name]) for arm in arms}
+            found = {
+                arm.name: COUNTS[arm.count](prepared(arm, workspace, cache, width), places[arm.name]) for arm in arms
+            }
     if stops is not None:
         stops.update(places)
     return found

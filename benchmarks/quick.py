@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _bench import positive, report
+from _bench import report
 
 IMPORT_SECONDS, MISSPELT_SECONDS = 0.1, 0.5  # at most
 EXTRACT = ("extract", "--data", "xray", "--backbone", "embedded")
@@ -54,9 +54,12 @@ class Run:
 
 
 def run(words: Sequence[str], folder: Path) -> Run:
-    """Run Python with these words in a folder; modules are compiled once, as an installer does it."""
+    """Run Python with these words in a folder; modules are compiled once, as an installer does it.
+
+    They go to a place of their own, where the environment names none.
+    """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    environment["PYTHONPYCACHEPREFIX"] = str(folder.parent / "compiled")
+    environment.setdefault("PYTHONPYCACHEPREFIX", str(folder.parent / "compiled"))
     before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, env=environment)
     clock, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -81,13 +84,13 @@ def measured(lines: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[
         last = runs[name][-1]
         if last.code != 2 or "Traceback" in last.said:
             raise SystemExit(f"{name}: exit code {last.code}, {last.said[-500:]}")
-    return {name: own[1:] for name, own in runs.items()}
+    return {name: own[1:] or own for name, own in runs.items()}
 
 
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=positive, default=5, help="after one that does not count")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count; 0: that one counts")
     rounds = parser.parse_args().rounds
     command = ("-m", "featprobe")
     lines = {

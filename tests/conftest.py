@@ -5,6 +5,8 @@ import os
 import random
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; the s
 SEED = 20
 """Of whatever randomness a test does not seed itself, as the weights that a head begins with."""
 
+LONG = (
+    "test_benchmarks", "test_hostile_caches", "test_object_output", "test_processes", "test_export", "test_tasks",
+    "test_finetune", "test_hostile_workspace", "test_attack", "test_parquet_pages", "test_notebook", "test_live",
+    "test_race", "test_stopping", "test_old_caches", "test_docs", "test_try_out", "test_durable", "test_study",
+)  # fmt: skip
+"""Files that take more than ten seconds, many of them with few tests. The suite begins with them, so that its
+processes end together."""
 STARTED = pytest.StashKey[float]()
 
 HERE = Path(__file__).parent
@@ -29,6 +38,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("named")
+
+
+@pytest.fixture(scope="module")
+def forked_hdf5() -> Iterator[None]:
+    """Old caches are read by processes that are forked (hdf5_server.py), not started anew."""
+    from hdf5_server import forked
+
+    with forked():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -59,8 +77,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.manual_seed(SEED)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is about whole processes; skip what needs a card where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is about whole processes; skip what needs a card where there is none; order what processes share."""
+    if hasattr(config, "workerinput") and config.getoption("--within") is None:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path], item.path))
     for item in items:
         if HERE / "system" in item.path.parents:
             item.add_marker("process")

@@ -117,7 +117,7 @@ def old_identity(file: h5py.File) -> str:
     recipe, data = json.loads(file.attrs["recipe"]), json.loads(file.attrs["data"])
     names = [*(f"features/{level['name']}" for level in recipe["levels"]), "done", "checksum", "reason"]
     places = {}
-    for name in names:
+    for name in dict.fromkeys(names):  # a hostile recipe names one level a hundred thousand times
         dataset = file[name]
         row_bytes = int(np.prod(dataset.shape[1:], dtype=np.int64)) * dataset.dtype.itemsize
         places[name] = {"offset": dataset.id.get_offset(), "row_bytes": row_bytes, "rows": dataset.shape[0]}

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_layers import PACKAGE
+from test_layers import PACKAGE, tree_of
 
 MOST_LINES = {ast.ClassDef: 150, ast.FunctionDef: 60}
 MOST_MODULES = 18  # in a folder, without __init__
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = [path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.rglob("*.py"))]
 
 
 def module_of(path: Path, package: Path) -> str:
@@ -25,7 +25,7 @@ def imports_of(package: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for name, path in paths.items():
         found[name] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ImportFrom) and node.module:
                 inner = {f"{node.module}.{alias.name}" for alias in node.names} & paths.keys()
                 others = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in paths}
@@ -74,8 +74,8 @@ def lines_of(node: ast.AST) -> int:
 def test_classes_and_functions_are_short(kind: type[ast.AST]) -> None:
     long = {
         f"{file}:{node.name}": lines_of(node)
-        for file, tree in TREES.items()
-        for node in ast.walk(tree)
+        for file in FILES
+        for node in ast.walk(tree_of(PACKAGE / file))
         if isinstance(node, kind) and lines_of(node) > MOST_LINES[kind]
     }
     assert not long
@@ -106,11 +106,11 @@ def literals(tree: ast.AST) -> Iterator[str]:
 )
 def test_kinds_and_tasks_are_named_in_their_tables_alone(words: set[str], homes: set[str]) -> None:
     """losses.py and heat_maps.py name torch's linear interpolation."""
-    assert {file for file, tree in TREES.items() if words & set(literals(tree))} <= homes
+    assert {file for file in FILES if words & set(literals(tree_of(PACKAGE / file)))} <= homes
 
 
 def test_no_module_name_is_doubled() -> None:
-    names = [Path(file).stem for file in TREES if not Path(file).stem.startswith("__")]
+    names = [Path(file).stem for file in FILES if not Path(file).stem.startswith("__")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
@@ -119,7 +119,7 @@ def test_a_split_is_parsed_where_its_text_enters() -> None:
     examples."""
     options = {"stages/training/probe_options.py", "stages/study/study.py", "stages/upkeep/describe.py"}
     doors = {"cli", "result_rows.py", "splitting.py", *options}
-    calls = {file for file in TREES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
+    calls = {file for file in FILES if re.search(r"SplitChoice\.parse\(", (PACKAGE / file).read_text())}
     assert {file for file in calls if not {file, file.split("/")[0]} & doors} == set()
 
 
@@ -130,7 +130,7 @@ CONTRACTS = ("Segmentation", "Detection", "FeatureLoader", "LiveFeatures", "\\w*
 def test_tasks_sources_and_heads_are_used_by_their_contracts() -> None:
     """head.py and bank.py say which heads can be computed at once."""
     asked = re.compile(rf"isinstance\([^()]*, *\(?[^()]*\b({'|'.join(CONTRACTS)})\b")
-    files = {file: (PACKAGE / file).read_text() for file in TREES}
+    files = {file: (PACKAGE / file).read_text() for file in FILES}
     assert {file for file, text in files.items() if asked.search(text)} <= {"probes/head.py"}
     assert {file for file, text in files.items() if re.search(r"[gh](et|as)attr\(\w*(head|task)\b", text)} == set()
     assert {file for file, text in files.items() if "# type: ignore" in text and file.startswith("probes/")} == set()
@@ -138,7 +138,7 @@ def test_tasks_sources_and_heads_are_used_by_their_contracts() -> None:
 
 def test_an_extraction_option_is_written_in_few_modules() -> None:
     """Counted for the share of empty tiles, which a caller, featprobe.toml, a study and a recipe can name."""
-    written = [file for file in TREES if re.search(r"\bempty[_-]tiles\b", (PACKAGE / file).read_text())]
+    written = [file for file in FILES if re.search(r"\bempty[_-]tiles\b", (PACKAGE / file).read_text())]
     assert len(written) <= 7, written
 
 

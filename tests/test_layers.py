@@ -1,6 +1,7 @@
 """Imports point down only, parts of one layer that must not know each other do not, one door per dependency."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +65,15 @@ def part_of(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax of a file, which no test changes."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported_by(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import of a file, in functions and behind TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -213,7 +220,7 @@ def loaded_with(module: str) -> set[str]:
         if path is None or not module.startswith("featprobe"):
             continue
         coming += [module.rpartition(".")[0]] if "." in module else []
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in tree_of(path).body:
             if isinstance(node, ast.Import):
                 coming += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

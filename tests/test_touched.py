@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import touched
+from conftest import LONG
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,3 +66,7 @@ def test_tests_that_have_not_begun_in_time_are_skipped_with_the_reason(tmp_path:
     assert done.returncode == 0, done.stdout
     assert "1 passed, 1 skipped" in done.stdout and "make test runs it" in done.stdout
     assert subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 1
+
+
+def test_the_files_that_the_suite_begins_with_are_there() -> None:
+    assert {*LONG} <= {path.stem for path in ROOT.glob("tests/**/test_*.py")}

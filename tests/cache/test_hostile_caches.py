@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hdf5_server import forked
 from helpers import CONTEXT
 from hostile_caches import HARMLESS, LONG, NEW, OLD, SECRET, write_sound
 
@@ -70,6 +71,11 @@ def damages(path: Path) -> list[Any]:
 
 def run(folder: Path, version: int, names: list[str]) -> list[tuple[str, str, float]]:
     """Name, how it is taken and seconds of a processor of each variant; in a process that is limited for each."""
+    with forked():
+        return _run(folder, version, names)
+
+
+def _run(folder: Path, version: int, names: list[str]) -> list[tuple[str, str, float]]:
     legacy.SETTLED_SECONDS = 0.0  # no file is changed while it is looked at
     found = []
     sound = {}

@@ -13,6 +13,7 @@ from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 
+pytestmark = pytest.mark.usefixtures("forked_hdf5")
 IMAGES = 12
 
 

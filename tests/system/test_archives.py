@@ -15,6 +15,7 @@ from test_cli import call
 from featprobe.cache import Cache, open_cache, verify
 from featprobe.cache.store import Damage
 
+pytestmark = pytest.mark.usefixtures("forked_hdf5")
 ARCHIVES = Path(__file__).parents[1] / "archives"
 SAME_PIXELS = 0.98  # of the predicted masks: versions of torch round otherwise
 

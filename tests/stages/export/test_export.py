@@ -31,7 +31,7 @@ from featprobe.probes.paste import paste_mask
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
 from featprobe.stages.export.export import export, output_of
-from featprobe.stages.export.graph import NEAR, Graph, pieces_of_size, reference
+from featprobe.stages.export.graph import NEAR, Differences, Graph, pieces_of_size, reference
 from featprobe.stages.export.known_images import find_known
 from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predictor import Predictor
@@ -256,6 +256,27 @@ def test_the_small_program_joins_pixels_at_an_operating_point(
     )
     lines = [json.loads(line) for line in said.stdout.splitlines()]
     assert 0 < check_masks(folder, images, lines, tmp_path)
+
+
+@pytest.mark.parametrize(("task", "kind"), [("semseg", "linear"), ("anomaly", "patchcore")])
+def test_openvino_says_what_featprobe_says(task: str, kind: str, workspace: Workspace, tmp_path: Path) -> None:
+    """Within the limits that hold for onnxruntime. Heads that find objects are held by test_object_output."""
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model, folder = tmp_path / "model.onnx", head(workspace, task, "xray", kind)
+    predictor = Predictor(folder, device="cpu")
+    known = find_known(predictor, folder, workspace, (), None, 4)
+    output = output_of(predictor, known.raw)
+    model.write_bytes(exporting.made(predictor, known.raw, output, 20).SerializeToString())
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    total = Differences()
+    for start, end in ((0, 1), (1, 4)):  # batches of two sizes
+        levels = [known.levels(place) for place in range(start, end)]
+        answers = compiled([np.stack(levels)])
+        found = {name: answers[name].copy() for name in output.names}
+        total += output.compare(found, predictor, levels)
+    assert parity.Parity(4, "", 0, total, "", 1, 0, 0).faults == []
+    assert total.verdicts + total.near >= 4 or task == "semseg"
+    assert total.pixels or task == "anomaly"
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.4, 0.6, 1.0]), st.integers(1, 6))
