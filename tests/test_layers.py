@@ -221,8 +221,16 @@ def loaded_with(module: str) -> set[str]:
     return found
 
 
-def test_a_comparison_loads_no_network_and_no_torchvision() -> None:
+@pytest.mark.parametrize(
+    ("module", "reached"),
+    [
+        ("featprobe.stages.comparison.compare", "featprobe.report.page"),
+        ("featprobe.stages.training.probe", "featprobe.stages.tasks.detection"),
+        ("featprobe.stages.recording.rescore", "featprobe.stages.recording.base"),
+    ],
+)
+def test_what_reads_stored_features_loads_no_network_and_no_torchvision(module: str, reached: str) -> None:
     """torchvision loads torch's compiler, which takes as long as torch itself."""
-    found = loaded_with("featprobe.stages.comparison.compare")
-    assert {"torch", "featprobe.probes.fcos", "featprobe.report.page"} <= found
+    found = loaded_with(module)
+    assert {"torch", "featprobe.probes.fcos", reached} <= found
     assert not [name for name in found if name.split(".")[0] in ("torchvision", "timm")]
