@@ -191,21 +191,22 @@ def seconds_per_step(
     fixed: bool = False,
     counted: int,
 ) -> float:
-    """The seconds of a step of `train`: the mean of some steps, after the warm-up.
+    """The seconds of a step of `train`: the mean of some steps after the warm-up.
 
-    These steps train the heads and the backbone.
+    counted: how many; 0 for the steps of the warm-up themselves. All of them train the heads and the backbone.
     """
     first = WARM_UP + 1 if _is_recorded(heads, tuned, fixed) else 1
+    timed = counted or first
     recipes = [replace(recipe, iterations=first + counted) for recipe in recipes]
     loop = _Loop(heads, recipes, 0, tuned, None, fixed)
     loop.mode(training=True)
     begun = 0.0
     with closing(_steps(loop, feed, rows, loss, 0, resident)) as steps:
         for step in range(first + counted):
-            if step == first:
+            if step == first + counted - timed:
                 begun = _now(loop.device)
             next(steps)
-        return (_now(loop.device) - begun) / counted
+        return (_now(loop.device) - begun) / timed
 
 
 def _now(device: torch.device) -> float:
