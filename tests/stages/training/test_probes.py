@@ -52,10 +52,9 @@ from featprobe.probes import (
     predict_classes,
     save_head,
     start_at_prior,
-    train,
 )
 from featprobe.probes.linear import EPSILON, MOMENTUM
-from featprobe.probes.train import batches_of, learning_rate
+from featprobe.probes.train import batches_of, learning_rate, train
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.run_log import extraction_seconds
