@@ -38,7 +38,8 @@ from featprobe.features import Features, cell_shares, pool
 from featprobe.geometry import Placement
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
-from featprobe.probes import LinearHead, level_loss, train
+from featprobe.probes import LinearHead, level_loss
+from featprobe.probes.train import train
 from featprobe.specs import CacheDtype, CacheStore, DataInfo, FeatureRecipe
 from featprobe.stages.pooled import in_one_thread
 

@@ -27,8 +27,8 @@ from featprobe.backbones.catalog import find_backbone
 from featprobe.cache import Cache, open_cache
 from featprobe.features import Features, cell_shares
 from featprobe.kinds import TrainRecipe
-from featprobe.probes import LinearHead, level_loss, train
-from featprobe.probes.train import Tuned
+from featprobe.probes import LinearHead, level_loss
+from featprobe.probes.train import Tuned, train
 from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training.live import LiveFeatures

@@ -208,6 +208,14 @@ def file_of(module: str) -> Path | None:
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
+def names_on_demand(module: str) -> dict[str, str]:
+    """Names that a package loads when they are first asked for, and the modules that they come from."""
+    path = file_of(module)
+    body = ast.parse(path.read_text(encoding="utf-8")).body if path and module.startswith("featprobe") else []
+    tables = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC"]
+    return {name: own for table in tables for name, own in ast.literal_eval(table).items()}
+
+
 def loaded_with(module: str) -> set[str]:
     """All modules that are loaded when one of the package is imported, as far as the package itself names them."""
     found, coming = set[str](), [module]
@@ -225,11 +233,27 @@ def loaded_with(module: str) -> set[str]:
                 coming += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 coming += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+                later = names_on_demand(str(node.module))
+                coming += [later[alias.name] for alias in node.names if alias.name in later]
     return found
 
 
-def test_a_comparison_loads_no_network_and_no_torchvision() -> None:
+@pytest.mark.parametrize(
+    ("module", "reached"),
+    [
+        ("featprobe.stages.training.probe", "featprobe.stages.tasks.detection"),
+        ("featprobe.stages.recording.rescore", "featprobe.stages.recording.base"),
+    ],
+)
+def test_what_reads_stored_features_loads_no_network_and_no_torchvision(module: str, reached: str) -> None:
     """torchvision loads torch's compiler, which takes as long as torch itself."""
-    found = loaded_with("featprobe.stages.comparison.compare")
-    assert {"torch", "featprobe.probes.fcos", "featprobe.report.page"} <= found
+    found = loaded_with(module)
+    assert {"torch", "featprobe.probes.fcos", reached} <= found
     assert not [name for name in found if name.split(".")[0] in ("torchvision", "timm")]
+
+
+def test_a_comparison_loads_no_torch() -> None:
+    """torch takes longer to load than everything else that a comparison does."""
+    found = loaded_with("featprobe.stages.comparison.compare")
+    assert {"featprobe.probes.saved", "featprobe.report.page"} <= found
+    assert not [name for name in found if name.split(".")[0] in ("torch", "torchvision", "timm")]

@@ -1,21 +1,66 @@
-"""Checks of the cards of saved heads (probes/README.md), as typed values."""
+"""What a head is, as its card says it, and the checks of cards (probes/README.md). Nothing here imports torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from featprobe.errors import FieldError
-from featprobe.io.fields import MISSING_FIELD, Fault, wrong
+from featprobe.image_labels import MOST_NAMES
+from featprobe.io.fields import MISSING_FIELD, Fault, limits, made, wrong
 from featprobe.io.schemas import check
+from featprobe.kinds import PyramidKind
 from featprobe.levels import FeatureLevel
-from featprobe.probes.heads import HeadRecipe
 from featprobe.result_rows import result_faults
-from featprobe.specs import MOST_CHANNELS, MOST_LEVELS, MOST_STRIDE, BackboneSpec, DataInfo, FeatureRecipe
+from featprobe.scores import SCORES
+from featprobe.specs import MOST_CHANNELS, MOST_CLASSES, MOST_LEVELS, MOST_STRIDE, BackboneSpec, DataInfo, FeatureRecipe
 
 HEAD_FILE = "head.safetensors"
+MOST = max(MOST_CLASSES, MOST_NAMES)  # classes, of what a card may claim
+MOST_WIDTH = 2**12  # channels, of what a card may claim
 
 WHOLE = ("features", "backbone", "data", "result", "curve", "versions")
 """Fields that the card of a head trained by featprobe has, but that loading the head does not need."""
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """The description of a head: its task, its kind, its classes (the background first), the levels it takes.
+
+    levels: names; empty for every level that there is. width: channels of its pyramid or
+    hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last
+    one, "auto": simple where all have one stride. sides: of the training objects, see detections.detection_strides.
+    """
+
+    task: str
+    kind: str
+    classes: tuple[str, ...]
+    levels: tuple[str, ...] = ()
+    width: int | None = None
+    pyramid: PyramidKind = "auto"
+    sides: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as cards keep them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: object) -> "HeadRecipe":
+        """The recipe that `to_json` wrote; raises FieldError that names every field that is wrong."""
+        return made(cls, data, "A head's recipe")
+
+    def faults(self) -> list[Fault]:
+        """Values that no head has: see `from_json`."""
+        least = least_classes(self.task)
+        return limits({
+            "classes": (least <= len(self.classes) <= MOST, f"{least} to {MOST} names", self.classes),
+            "width": (self.width is None or 1 <= self.width <= MOST_WIDTH, f"1 to {MOST_WIDTH} channels", self.width),
+            "sides": (len(self.sides) in (0, 3) and min(self.sides, default=0) >= 0, "3 lengths, or none", self.sides),
+        })  # fmt: skip
+
+
+def least_classes(task: str) -> int:
+    """The least number of classes that heads of a task tell apart: one label that images have or not is enough."""
+    return 1 if task in SCORES and SCORES[task].on == "images" else 2
 
 
 @dataclass(frozen=True)

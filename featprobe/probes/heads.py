@@ -1,16 +1,16 @@
-"""Heads by name, and the recipe of a head."""
+"""Heads by name."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from featprobe.errors import ProbeError
-from featprobe.image_labels import MOST_NAMES
-from featprobe.io.fields import Fault, limits, made
-from featprobe.kinds import PAGE, PyramidKind, builder_of, kind_of
+from featprobe.kinds import PAGE, builder_of, kind_of
 from featprobe.levels import FeatureLevel, pick_levels
+from featprobe.probes.cards import HeadRecipe as HeadRecipe
+from featprobe.probes.cards import least_classes
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.head import (
     AnomalyHead,
@@ -29,52 +29,6 @@ from featprobe.probes.verdicts.gaussian import GaussianHead
 from featprobe.probes.verdicts.map_heads import default_levels
 from featprobe.probes.verdicts.patchcore import PatchCoreHead
 from featprobe.scores import SCORES, On
-from featprobe.specs import MOST_CLASSES
-
-MOST = max(MOST_CLASSES, MOST_NAMES)  # classes, of what a card may claim
-MOST_WIDTH = 2**12  # channels, of what a card may claim
-
-
-@dataclass(frozen=True)
-class HeadRecipe:
-    """The description of a head: its task, its kind, its classes (the background first), the levels it takes.
-
-    levels: names; empty for every level that there is. width: channels of its pyramid or
-    hidden layer, None for the kind's own, see `kinds.KINDS`. pyramid: "levels" as they are, "simple" from the last
-    one, "auto": simple where all have one stride. sides: of the training objects, see detections.detection_strides.
-    """
-
-    task: str
-    kind: str
-    classes: tuple[str, ...]
-    levels: tuple[str, ...] = ()
-    width: int | None = None
-    pyramid: PyramidKind = "auto"
-    sides: tuple[float, ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as cards keep them."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: object) -> "HeadRecipe":
-        """The recipe that `to_json` wrote; raises FieldError that names every field that is wrong."""
-        return made(cls, data, "A head's recipe")
-
-    def faults(self) -> list[Fault]:
-        """Values that no head has: see `from_json`."""
-        least = least_classes(self.task)
-        return limits({
-            "classes": (least <= len(self.classes) <= MOST, f"{least} to {MOST} names", self.classes),
-            "width": (self.width is None or 1 <= self.width <= MOST_WIDTH, f"1 to {MOST_WIDTH} channels", self.width),
-            "sides": (len(self.sides) in (0, 3) and min(self.sides, default=0) >= 0, "3 lengths, or none", self.sides),
-        })  # fmt: skip
-
-
-def least_classes(task: str) -> int:
-    """The least number of classes that heads of a task tell apart: one label that images have or not is enough."""
-    return 1 if task in SCORES and SCORES[task].on == "images" else 2
-
 
 Build = Callable[[Sequence[FeatureLevel], HeadRecipe], Head]
 

@@ -1,4 +1,4 @@
-"""Saved heads and result rows, format version 1 (probes/README.md)."""
+"""Saved heads and result rows, format version 1 (probes/README.md). Reading cards and rows loads no torch."""
 
 import hashlib
 import json
@@ -13,12 +13,9 @@ from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any, TypeVar
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor, nn
 
 from featprobe.errors import FieldError, FileKindError, ProbeError
 from featprobe.io.disk import (
@@ -38,11 +35,14 @@ from featprobe.io.fields import MISSING_FIELD, Fault, message, plain, shown
 from featprobe.kinds import TASKS, builder_of, how_known, kinds_of, names_of_kinds
 from featprobe.levels import FeatureLevel
 from featprobe.machine import available_memory
-from featprobe.probes.cards import HEAD_FILE, Fingerprint, card_faults
-from featprobe.probes.head import Head
-from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.probes.cards import HEAD_FILE, Fingerprint, HeadRecipe, card_faults
 from featprobe.result_rows import ROW_VERSION, ResultRow
 from featprobe.specs import FeatureRecipe, digest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from featprobe.probes.head import Head
 
 T = TypeVar("T")
 HEAD_FORMAT, HEAD_VERSION = "featprobe-head", 1
@@ -66,10 +66,10 @@ def fingerprint(recipe: FeatureRecipe) -> dict[str, Any]:
 
 def save_head(
     folder: Path,
-    head: nn.Module,
+    head: "nn.Module",
     card: Mapping[str, Any],
     files: Mapping[str, bytes],
-    backbone: Mapping[str, Tensor] | None = None,
+    backbone: "Mapping[str, Tensor] | None" = None,
     beside: Callable[[str], Mapping[str, bytes]] = lambda sha256: {},
 ) -> None:
     """Write head.safetensors, card.json and the given files, each whole or not at all; the card is written last.
@@ -79,6 +79,8 @@ def save_head(
     scores. backbone: the tensors of a fine-tuned backbone. beside: from the hash of head.safetensors to files of
     MADE_AGAIN, which the card does not name. Raises DiskError.
     """
+    from safetensors.torch import save
+
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in head.state_dict().items()}
     written = {HEAD_FILE: save(own, {"format": HEAD_FORMAT}), **files}
     if backbone:  # one entry alone of what is said: the order of several varies from process to process
@@ -103,13 +105,19 @@ def make_folder(folder: Path) -> None:
         raise ProbeError(f"{folder} can't be written ({error.strerror}). Nothing was trained.") from error
 
 
-def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False) -> tuple[Head, dict[str, Any]]:
+def load_head(
+    folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool = False
+) -> tuple["Head", dict[str, Any]]:
     """A saved head in eval mode, and its card.
 
     recipe: that of the features for the head; if given, it is checked against the card's fingerprint. whole: see
     `read_card`.
     Raises ProbeError when the folder holds no saved head, or one for other features.
     """
+    from safetensors.torch import load
+
+    from featprobe.probes.heads import build_head
+
     try:
         card = read_card(folder, whole=whole)
         try:
@@ -136,6 +144,10 @@ def load_head(folder: Path, recipe: FeatureRecipe | None = None, *, whole: bool 
 
 def _check_claim(recipe: HeadRecipe, levels: Sequence[FeatureLevel], held: int) -> None:
     """Raise ProbeError for a head of more bytes than its file holds, before memory is taken for it."""
+    import torch
+
+    from featprobe.probes.heads import build_head
+
     if recipe.task not in TASKS or builder_of(recipe.task, recipe.kind) is not None:
         return  # one of your own may be anything
     with torch.device("meta"):
@@ -277,6 +289,8 @@ class Checkpoint:
 
         Raises ProbeError for a damaged file, and for a state for which `check` raises ValueError.
         """
+        import torch
+
         self.begun = self.kept = time.perf_counter()
         if not self.path.exists():
             return None
@@ -327,6 +341,8 @@ def head_folder(probes: Path, row: ResultRow) -> Path:
 
 def _torch_save(value: Any, stream: IO[bytes]) -> None:
     """torch.save with a clear error when the disk refuses."""
+    import torch
+
     refused: list[OSError] = []
 
     def write(data: bytes) -> int:

@@ -17,6 +17,7 @@ from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import execution
+from featprobe.probes.operations.adamw import AdamW
 from featprobe.probes.resumed import Wanted, check_state, restore_moments
 from featprobe.processes import check_batch, check_norms, count, is_main, own_part, sum_gradients, summed
 from featprobe.specs import Rows
@@ -190,21 +191,22 @@ def seconds_per_step(
     fixed: bool = False,
     counted: int,
 ) -> float:
-    """The seconds of a step of `train`: the mean of some steps, after the warm-up.
+    """The seconds of a step of `train`: the mean of some steps after the warm-up.
 
-    These steps train the heads and the backbone.
+    counted: how many; 0 for the steps of the warm-up themselves. All of them train the heads and the backbone.
     """
     first = WARM_UP + 1 if _is_recorded(heads, tuned, fixed) else 1
+    timed = counted or first
     recipes = [replace(recipe, iterations=first + counted) for recipe in recipes]
     loop = _Loop(heads, recipes, 0, tuned, None, fixed)
     loop.mode(training=True)
     begun = 0.0
     with closing(_steps(loop, feed, rows, loss, 0, resident)) as steps:
         for step in range(first + counted):
-            if step == first:
+            if step == first + counted - timed:
                 begun = _now(loop.device)
             next(steps)
-        return (_now(loop.device) - begun) / counted
+        return (_now(loop.device) - begun) / timed
 
 
 def _now(device: torch.device) -> float:
@@ -393,7 +395,7 @@ class _Loop:
             {"params": list(head.parameters()), "lr": own.lr, "weight_decay": own.weight_decay}
             for head, own in zip(heads, recipes, strict=True)
         ]
-        self.optimizer = torch.optim.AdamW(  # many small parameters: fused is one call instead of thousands
+        self.optimizer = AdamW(  # many small parameters: fused is one call instead of thousands
             [*groups, *(tuned.groups if tuned else ())], fused=True, capturable=self.recorded
         )
         self.optimizer._warned_capturable_if_run_uncaptured = True  # as the first steps do
@@ -430,7 +432,8 @@ class _Loop:
             values = loss(features, batch)  # (heads,)
             if share != 1:
                 values = values * share
-            torch.autograd.backward(values, self.ones if self.placed else torch.ones_like(values))
+            # of a sum the gradients are the same; torch loads sympy where it is given what they begin with
+            torch.autograd.backward(*((values, self.ones) if self.placed else (values.sum(),)))
             total = values.detach() if total is None else total + values.detach()
         assert total is not None
         sum_gradients(p for group in self.optimizer.param_groups for p in group["params"])

@@ -1,7 +1,8 @@
-"""What `featprobe inspect` prints, writes and ends with; it loads no torch."""
+"""What `featprobe inspect` prints, writes and ends with; neither it nor `compare` loads torch."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,15 @@ from featprobe.cli.main import cli
 from featprobe.metrics.defects.records import GOOD
 from featprobe.stages.workspace import Workspace
 
+ARCHIVES = Path(__file__).parents[1] / "archives"
 CODE = """
 import sys
 from click.testing import CliRunner
 from featprobe.cli.main import cli
-done = CliRunner().invoke(cli, ['inspect', *sys.argv[1:]])
+done = CliRunner().invoke(cli, ['inspect', *sys.argv[2:]])
 print(done.exit_code, sorted({'torch', 'timm', 'matplotlib'} & set(sys.modules)), done.output)
+done = CliRunner().invoke(cli, ['--workspace', sys.argv[1], 'compare'])
+print(done.exit_code, sorted({'torch', 'timm'} & set(sys.modules)), done.output)
 """
 
 
@@ -108,11 +112,14 @@ def test_refusals_are_one_paragraph_and_keep_nothing(
     assert not list(space.probes.rglob("operating.json"))
 
 
-def test_no_torch_is_loaded(space: Workspace) -> None:
+def test_no_torch_is_loaded(space: Workspace, tmp_path: Path) -> None:
+    archive = shutil.copytree(ARCHIVES / "images-8775eda", tmp_path / "old")
     folder = space.probes / rows_of(space)[0].folder
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(folder), "--json"],
+        [sys.executable, "-c", CODE, str(archive), str(folder), "--json"],
         capture_output=True, text=True, timeout=60, check=True,
         env={**os.environ, "FEATPROBE_WORKSPACE": str(space.root)},
     )  # fmt: skip
     assert done.stdout.startswith("0 [] {"), done.stdout[:300]
+    compared = done.stdout[done.stdout.rindex("\n0 [] ") :]
+    assert "report: " in compared, done.stdout[-1000:]

@@ -28,11 +28,10 @@ from featprobe.probes import (
     image_loss,
     level_loss,
     losses,
-    train,
 )
 from featprobe.probes.detections import ObjectBatch
 from featprobe.probes.losses import image_losses, level_losses
-from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
+from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step, train
 from featprobe.scores import SCORES
 from featprobe.targets import IGNORE
 

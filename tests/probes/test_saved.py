@@ -11,7 +11,7 @@ from helpers import LEVELS, recipe_of
 
 from featprobe.errors import ProbeError
 from featprobe.kinds import TASKS, kinds_of
-from featprobe.probes import saved
+from featprobe.probes import heads
 from featprobe.probes.heads import HeadRecipe, build_head
 from featprobe.probes.saved import fingerprint, load_head, save_head
 from featprobe.specs import digest
@@ -45,13 +45,13 @@ def test_no_memory_is_taken_for_a_head_that_its_file_does_not_hold(
     assert load_head(folder)[1]["head"]["kind"] == kind
     claimed(folder, lambda card: [level.update(channels=30_000) for level in card["fingerprint"]["levels"]])
     devices: list[torch.device] = []
-    plain = saved.build_head
+    plain = heads.build_head
 
     def building(*words: Any) -> Any:
         devices.append(torch.empty(0).device)
         return plain(*words)
 
-    monkeypatch.setattr(saved, "build_head", building)
+    monkeypatch.setattr(heads, "build_head", building)
     with pytest.raises(ProbeError, match=r"describes one of \d+ bytes, and head.safetensors has"):
         load_head(folder)
     assert [device.type for device in devices] == ["meta"]

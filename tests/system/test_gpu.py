@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from featprobe.cache import WHOLE, Cache, open_cache, read_contents, reader, verify
 from featprobe.kinds import TrainRecipe
-from featprobe.probes import train
+from featprobe.probes.train import train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions

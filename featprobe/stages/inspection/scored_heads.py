@@ -6,13 +6,11 @@ from pathlib import Path
 
 from featprobe.errors import FileKindError, ProbeError, UsageError, nearest
 from featprobe.io.disk import below, read_json
+from featprobe.probes.saved import HEAD_FORMAT, HEAD_VERSION, LARGEST_CARD
 from featprobe.result_rows import ResultRow
 from featprobe.specs import digest
 from featprobe.stages.upkeep.saved_heads import RESULTS, last_rows
 from featprobe.stages.workspace import Workspace
-
-HEAD_FORMAT, HEAD_VERSION = "featprobe-head", 1  # as probes/README.md has them; `probes.saved` imports torch
-LARGEST_CARD = 1 << 26  # bytes
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,10 @@ from featprobe.result_rows import ResultRow
 from featprobe.stages.extraction.command_line import command_of_card
 from featprobe.stages.memory import fitting
 from featprobe.stages.partition import Partition, single_splits
-from featprobe.stages.predictor import backbone_of
 from featprobe.stages.recording.base import USUAL_RULE, record_validation
 from featprobe.stages.recording.record_file import RECORDS, write_records
 from featprobe.stages.tasks.task import Source
 from featprobe.stages.training.asked import as_trained, caches_by_key, no_cache
-from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.prepared import Prepared, prepare, source_of
 from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.training.saved_results import card_beside
@@ -105,6 +103,9 @@ def _source(prepared: Prepared, saved: _Saved, head: Head) -> AbstractContextMan
     training = prepared.training
     if training.tuning is None:
         return source_of(prepared, head)
+    from featprobe.stages.predictor import backbone_of  # timm and torchvision, which stored features do not need
+    from featprobe.stages.training.live import LiveFeatures
+
     return LiveFeatures(
         prepared.cache, backbone_of(saved.folder, saved.card, head.levels, None, training.device), training.device,
         prepared.task.truth_of, masks=prepared.task.masks, workers=training.tuning.workers,

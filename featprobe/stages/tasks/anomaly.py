@@ -33,8 +33,7 @@ from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.heat_panels import called_tiles, panel_of, truth_panel
 from featprobe.stages.tasks.seen import Seen, hand_over, of_tiles, seen_on_maps, seen_on_vectors
 from featprobe.stages.tasks.settle import settled
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
-from featprobe.stages.training.live import Truth
+from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, Truth, evaluation_batches, scored_here
 
 Pixels = NDArray[np.float32]
 MAP_THRESHOLD = "map_threshold"  # a buffer of heads with maps

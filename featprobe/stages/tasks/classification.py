@@ -38,8 +38,16 @@ from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import images_of
 from featprobe.stages.tasks.seen import hand_over
 from featprobe.stages.tasks.settle import settled
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, Solution, evaluation_batches, scored_here
-from featprobe.stages.training.live import Truth, Views
+from featprobe.stages.tasks.task import (
+    Batch,
+    Draw,
+    Outcome,
+    Solution,
+    Truth,
+    Views,
+    evaluation_batches,
+    scored_here,
+)
 from featprobe.targets import IGNORE, Instance, Labels
 
 Shares = NDArray[np.float32]

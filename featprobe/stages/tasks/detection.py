@@ -29,8 +29,16 @@ from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import Objects, stitched_objects
 from featprobe.stages.tasks.labels import shelf_of
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
-from featprobe.stages.training.live import Truth, Views
+from featprobe.stages.tasks.task import (
+    Batch,
+    Draw,
+    Outcome,
+    Truth,
+    Views,
+    evaluation_batches,
+    scored_here,
+    spread_over,
+)
 from featprobe.targets import Instance, Labels, Rle, components, decode_window
 
 SHOWN_FROM = 0.3  # least score of a detection in a picture

@@ -39,8 +39,16 @@ from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import by_image, images_of
 from featprobe.stages.stitch import whole_logits
 from featprobe.stages.tasks.labels import encode, shelf_of
-from featprobe.stages.tasks.task import Batch, Draw, Outcome, evaluation_batches, scored_here, spread_over
-from featprobe.stages.training.live import Truth, Views
+from featprobe.stages.tasks.task import (
+    Batch,
+    Draw,
+    Outcome,
+    Truth,
+    Views,
+    evaluation_batches,
+    scored_here,
+    spread_over,
+)
 from featprobe.targets import Labels
 
 Counts = NDArray[np.int64]

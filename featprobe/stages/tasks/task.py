@@ -10,18 +10,35 @@ from torch import Tensor
 
 from featprobe.cache import Cache
 from featprobe.features import Features
+from featprobe.probes import ObjectTarget
 from featprobe.probes.train import Feed, Resident
 from featprobe.processes import own_part
 from featprobe.report.sheets import Panel
 from featprobe.specs import Rows
 from featprobe.stages.recording.watch import Handed, Watch
 from featprobe.stages.row_images import images_of, rows_showing
-from featprobe.stages.training.live import Truth, Views
+from featprobe.targets import Instance, Labels
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
 
 EVALUATION_BATCH = 8
+Truth = tuple[Labels | None, Sequence[Instance] | None]
+"""Labels and objects of an image."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A batch of augmented views and their labels.
+
+    labels: (batch, frame height, frame width), uint8. objects: one an image. Each None where the task has none.
+    """
+
+    rows: Rows
+    labels: Tensor | None
+    objects: tuple[ObjectTarget, ...] | None
+
+
 Batch = Rows | Views | Tensor
 """Rows, whose labels the task knows; augmented views with labels of their own; or, for heads whose loss is `fixed`,
 places among the sorted training rows, (batch,), int64, on the device."""

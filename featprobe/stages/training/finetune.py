@@ -1,6 +1,6 @@
 """Images to scored heads and backbones: the full regime, and the frozen one on augmented images."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ from featprobe.stages.training.asked import (
     left_aside,
     no_cache,
 )
-from featprobe.stages.training.forecast import forecast_text
+from featprobe.stages.training.forecast import Forecast, forecast_text
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
 from featprobe.stages.training.logs import check_logs
 from featprobe.stages.training.probe import ProbeReport, extraction, notes_of, show, splittable
@@ -129,20 +129,11 @@ def _finetune(
     trainings = [one.training(workspace) for one in wanted if not one.options.climbs(one.fraction)]
     if not dry_run:
         make_folder(workspace.probes)
-    known = foreseen_each(trainings)  # all of them are tried for a few steps, before the first is trained
-    for training in trainings:
-        say(forecast_text(training, known[alike(training)]))
     later = [one.training(workspace) for one in wanted if one.options.climbs(one.fraction)]  # of a dry run alone
-    for training in later:
-        say(f"{training.label}, once its iterations are found")
-    agenda = Agenda.of_trainings(trainings, known, say)
-    agenda.announce(f" and {len(later)} whose iterations are not found yet" if later else "")
     rows: list[dict[str, Any]] = []
     sheets: list[Path] = []
-    for training in trainings if not dry_run else ():
-        agenda.begin(training.label)
-        finished = run(training, say, known[alike(training)])
-        agenda.end()
+    for training, forecast in _on_the_list(trainings, later, say, dry_run):
+        finished = run(training, say, forecast)
         rows += finished.rows
         notes += finished.notes
         if options.show and is_main():
@@ -150,6 +141,30 @@ def _finetune(
         del finished  # the next training needs its memory
     notes += left_behind(workspace, [ladder for ladder in ladders if ladder.is_climbed()])
     return ProbeReport(tuple(rows), tuple(sheets), tuple(dict.fromkeys(notes)))
+
+
+def _on_the_list(
+    trainings: Sequence[Training], later: Sequence[Training], say: Say, dry_run: bool
+) -> Iterator[tuple[Training, Forecast | None]]:
+    """Each training with its forecast, when its turn comes, after a list of all; one alone says itself how long it
+    takes.
+
+    later: those whose iterations are not found yet. dry_run: the list, and no training.
+    """
+    if len(trainings) == 1 and not dry_run:
+        yield trainings[0], None
+        return
+    known = foreseen_each(trainings)  # all of them are tried for a few steps, before the first is trained
+    for training in trainings:
+        say(forecast_text(training, known[alike(training)]))
+    for training in later:
+        say(f"{training.label}, once its iterations are found")
+    agenda = Agenda.of_trainings(trainings, known, say)
+    agenda.announce(f" and {len(later)} whose iterations are not found yet" if later else "")
+    for training in trainings if not dry_run else ():
+        agenda.begin(training.label)
+        yield training, known[alike(training)]
+        agenda.end()
 
 
 def _asked_for(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from featprobe.errors import DivergedError, ProbeError, counted
-from featprobe.probes import CurvePoint, kept_point, parameter_count, train
+from featprobe.probes import CurvePoint, kept_point, parameter_count
 from featprobe.probes.saved import Checkpoint
+from featprobe.probes.train import train
 from featprobe.processes import from_main
 from featprobe.specs import digest
 from featprobe.stages.progress import Progress

@@ -18,7 +18,8 @@ from featprobe.stages.tasks.task import Source, scored_here
 from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
 from featprobe.stages.training.training import Training
 
-REHEARSED = 3  # training steps that are timed before training starts, the first not counted
+REHEARSED = 3  # training steps that are taken before a training, at most; the first is timed only where it is alone
+SHOWN = 4  # validation images that are scored before a training of usual length
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,15 @@ class Forecast:
     def seconds(self, recipe: TrainRecipe) -> float:
         """Seconds of a whole training."""
         return self.iteration * recipe.iterations + self.evaluation * len(evaluation_points(recipe))
+
+
+def rehearsed(recipe: TrainRecipe) -> int:
+    """How many steps are taken before a training: at most a tenth of its own, and at least one.
+
+    >>> [rehearsed(TrainRecipe(iterations=n)) for n in (2, 12, 25, 30, 1000)]
+    [1, 1, 2, 3, 3]
+    """
+    return max(1, min(REHEARSED, recipe.iterations // 10))
 
 
 def foresee(prepared: Prepared, trials: Sequence[Trial], source: Source) -> Forecast:
@@ -49,7 +59,8 @@ def foresee(prepared: Prepared, trials: Sequence[Trial], source: Source) -> Fore
         parameter.grad = None
     moving.eval()
     val = prepared.rows["val"]
-    few = rows_showing(prepared.cache, val, images_of(prepared.cache, val[:4]))  # whole images
+    shown = SHOWN if rehearsed(training.recipe) == REHEARSED else 1
+    few = rows_showing(prepared.cache, val, images_of(prepared.cache, val[:shown]))  # whole images
     begun = time.perf_counter()
     prepared.evaluate(together, source, few)
     evaluation = (time.perf_counter() - begun) * len(scored_here(prepared.cache, val)) / len(few)
@@ -80,7 +91,7 @@ def _rehearse(prepared: Prepared, trials: Sequence[Trial], source: Source, moved
     loss = prepared.task.start(heads, fresh=training.is_fresh)
     one_part = replace(moved, accumulate=1, ema=0.0) if moved else None
 
-    def step(images: int, counted: int = REHEARSED - 1) -> float:
+    def step(images: int, counted: int = rehearsed(training.recipe) - 1) -> float:
         recipes = [replace(trial.recipe, batch_size=images) for trial in trials]
         return seconds_per_step(
             heads,

@@ -36,7 +36,7 @@ from featprobe.stages.extraction.augment import (
 )
 from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
-from featprobe.targets import Instance, Labels
+from featprobe.stages.tasks.task import Truth, Views
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone
@@ -45,19 +45,6 @@ AHEAD = 2  # batches that are decoded before they are needed
 TORCH_OF = {"uint8": torch.uint8, "int32": torch.int32}
 IMAGES_KEPT = 4  # decoded, for their next tiles
 HALF = {"bf16": torch.bfloat16, "amp": torch.float16}  # number format of the maps, by precision
-Truth = tuple[Labels | None, Sequence[Instance] | None]
-
-
-@dataclass(frozen=True)
-class Views:
-    """A batch of augmented views and their labels.
-
-    labels: (batch, frame height, frame width), uint8. objects: one an image. Each None where the task has none.
-    """
-
-    rows: Rows
-    labels: Tensor | None
-    objects: tuple[ObjectTarget, ...] | None
 
 
 @dataclass(frozen=True)

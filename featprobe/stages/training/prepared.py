@@ -23,8 +23,7 @@ from featprobe.specs import CacheDtype, Rows
 from featprobe.stages.extraction.origin import spec_of
 from featprobe.stages.memory import Portions, fitting
 from featprobe.stages.recording.watch import Watch
-from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task
-from featprobe.stages.training.live import LiveFeatures, Views
+from featprobe.stages.tasks.task import EVALUATION_BATCH, Outcome, Solution, Source, Task, Views
 from featprobe.stages.training.read_labels import classes_of, labelled, without_views
 from featprobe.stages.training.training import Training
 
@@ -174,6 +173,8 @@ def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None
         return FeatureLoader(prepared.cache, head.levels, training.device, verify=verify, as_dtype=as_dtype)
     if tuning.precision:
         resolve(tuning.precision, training.device)  # refuses what this device can't compute
+    from featprobe.stages.training.live import LiveFeatures  # torchvision takes time, and stored features need none
+
     return LiveFeatures(
         prepared.cache, _backbone(training, head.levels), training.device, prepared.task.truth_of,
         masks=prepared.task.masks, augmentation=training.augmentation, seed=training.seeds[0], workers=tuning.workers,

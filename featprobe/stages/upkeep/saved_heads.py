@@ -14,7 +14,7 @@ from featprobe.machine import available_memory
 from featprobe.result_rows import ResultRow, folder_of, row_of
 from featprobe.stages.workspace import Workspace
 
-RESULTS = "results.jsonl"  # as probes/README.md has it; `probes.saved` imports torch
+RESULTS = "results.jsonl"
 HEAD = re.compile(r"[^/]+-[0-9a-f]{6}/[^/]+/[^/]+(/fold[0-9]+)?/seed[0-9]+")
 """Folders of heads below probes/, as paths from there."""
 OWN = re.compile(

@@ -128,6 +128,31 @@ def test_fine_tuning_in_few_large_operations_takes_the_same_steps(
     assert len(pieces) == 3 and losses == pytest.approx(pieces, rel=1e-3)
 
 
+def test_one_training_takes_one_backbone_and_says_how_long_it_takes(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, taken, said = list[str](), list[int](), list[str]()
+
+    def loading(spec: BackboneSpec, *more: Any) -> Any:
+        loaded.append(spec.label)
+        return load_backbone(spec, *more)
+
+    monkeypatch.setattr("featprobe.backbones.backbone.load_backbone", loading)
+    advance = _Loop.advance
+
+    def advancing(self: _Loop, *given: Any) -> Any:
+        taken.append(self.step)
+        return advance(self, *given)
+
+    monkeypatch.setattr(_Loop, "advance", advancing)
+    recipe = TrainRecipe(iterations=2, batch_size=2, evaluations=1)
+    options = replace(options_for("semseg", Tuning(clip=0.9)), recipe=recipe)
+    finetune(space, "semseg", options=options, say=said.append)
+    assert loaded == ["tiny"] and taken == [0, 0, 1], "a step to foretell two"
+    (line,) = said
+    assert "tiny on xray, seed 0" in line and line.endswith("semseg linear, full, 2 iterations, under a minute on cpu")
+
+
 def test_one_batch_that_is_swapped_does_not_pass_for_the_same(
     space: Workspace, losses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

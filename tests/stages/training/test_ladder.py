@@ -23,9 +23,9 @@ from featprobe.cli.main import cli
 from featprobe.errors import DataError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import KINDS, TrainRecipe
-from featprobe.probes import CurvePoint, kept_point, train
+from featprobe.probes import CurvePoint, kept_point
 from featprobe.probes.saved import append_row, read_rows
-from featprobe.probes.train import evaluation_points
+from featprobe.probes.train import evaluation_points, train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
