@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
-from featprobe.probes.operations import convolutions
+from featprobe.probes.operations import convolutions, winograd
 from featprobe.probes.operations import towers as towers_of
 from featprobe.probes.operations.convolutions import convolved, few_outputs, upsampled_and_convolved, weight_gradient
 from featprobe.probes.operations.norms import group_norm
@@ -39,6 +39,13 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolutions, "CELLS", 14)
 
 
+@pytest.fixture(params=[False, True], ids=["neighbourhoods", "fewer products"])
+def either_gradient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of weights is computed in one of its two ways, whatever this machine takes."""
+    monkeypatch.setattr(winograd, "suits", lambda: request.param)
+
+
+@pytest.mark.usefixtures("either_gradient")
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize(("channels", "outputs", "groups"), [(4, 6, 1), (6, 4, 1), (4, 4, 2), (6, 2, 2)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -53,12 +60,14 @@ def test_a_convolution_is_torchs(
     )
 
 
+@pytest.mark.usefixtures("either_gradient")
 def test_frozen_features_and_frozen_weights_get_no_gradient() -> None:
     x, weight = random(2, 4, 5, 7), random(6, 4, 3, 3)
     for inputs in ((x.detach(), weight), (x, weight.detach())):
         same(convolved, lambda x, weight: conv2d(x, weight, padding=1), inputs)
 
 
+@pytest.mark.usefixtures("either_gradient")
 def test_the_gradient_of_weights_stands_for_itself() -> None:
     x, gradient = random(2, 3, 6, 16).detach(), random(2, 5, 6, 16).detach()  # a row is larger than a piece
     weight = random(5, 3, 3, 3)
@@ -105,6 +114,7 @@ def plain_towers(
     return pairs[0], pairs[1].transpose(1, 2).flatten(0, 1)[places]
 
 
+@pytest.mark.usefixtures("either_gradient")
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("every", [False, True])

@@ -1,8 +1,8 @@
 """3x3 convolutions of trained heads: what torch computes, with gradients that suit a CPU.
 
 oneDNN computes the gradient of a convolution's weights at half the speed of a product of matrices, and that of a
-transposed convolution's likewise. Here these gradients are products, of one image's neighbourhoods at a time. All maps
-are channels last in memory.
+transposed convolution's likewise. Here these gradients are products, of one image's neighbourhoods at a time, or fewer
+products where a machine gains by them (`winograd`). All maps are channels last in memory.
 """
 
 import itertools
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, conv_transpose2d, pad
 
 from featprobe.probes import execution
+from featprobe.probes.operations import winograd
 
 CELLS = 256  # of an image, whose neighbourhoods lie in memory at a time
 
@@ -56,6 +57,8 @@ def weight_gradient(x: Tensor, gradient: Tensor, groups: int = 1) -> Tensor:
 
     x: (batch, channels, rows, columns), its input. gradient: (batch, outputs, rows, columns), of its output.
     """
+    if winograd.suits():
+        return winograd.weight_gradient(x, gradient, groups)
     if groups > 1:
         pairs = zip(x.chunk(groups, 1), gradient.chunk(groups, 1), strict=True)
         return torch.cat([weight_gradient(*pair) for pair in pairs])
