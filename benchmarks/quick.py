@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from _bench import report
+from _bench import positive, report
 
 IMPORT_SECONDS, MISSPELT_SECONDS = 0.1, 0.5  # at most
 EXTRACT = ("extract", "--data", "xray", "--backbone", "embedded")
@@ -90,8 +90,10 @@ def measured(lines: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="after one that does not count; 0: that one counts")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--rounds", type=positive, default=5, help="after one that does not count")
+    parser.add_argument("--once", action="store_true", help="count the first round, and run no other")
+    asked = parser.parse_args()
+    rounds = 0 if asked.once else asked.rounds
     command = ("-m", "featprobe")
     lines = {
         "nothing": ("-c", "pass"),

@@ -58,7 +58,7 @@ def test_the_benchmark_of_the_gpu_path_says_that_it_needs_a_card() -> None:
 def test_the_benchmark_of_quick_answers_measures_every_line() -> None:
     """Its figures are those of a busy machine here: that they are measured is tested, not how large they are."""
     compiled = {**os.environ, "PYTHONPYCACHEPREFIX": ""}  # beside the modules
-    done = run([QUICK, "--rounds", "0"], env=compiled, timeout=500)
+    done = run([QUICK, "--once"], env=compiled, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["name"] == "quick" and result["slowest"] in result["figures"]
