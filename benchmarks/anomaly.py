@@ -45,7 +45,8 @@ from featprobe.geometry import Placement
 from featprobe.metrics.anomalies import ScoredAnomalies, anomaly_statistic
 from featprobe.metrics.intervals import Statistic, mean_of, paired_difference, score_interval
 from featprobe.metrics.pixel_counts import PixelCounter, histograms
-from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.probes.cards import HeadRecipe
+from featprobe.probes.heads import build_head
 from featprobe.probes.verdicts.coreset import farthest_first
 from featprobe.probes.verdicts.heat_maps import maps_at_original
 from featprobe.probes.verdicts.map_heads import MapAnomalyHead

@@ -102,7 +102,7 @@ def _serve() -> None:
 
 
 def _keep(child: Any, words: list[str], handles: list[int]) -> None:
-    """Fork the child, tell its number and its end, and reap it once the answer is done with."""
+    """Fork the child, report its number and its end, and reap it once the answer is done with."""
     *inputs, own = (fcntl.fcntl(handle, fcntl.F_DUPFD, 1000) for handle in handles)
     pid = os.fork()
     if not pid:

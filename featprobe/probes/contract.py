@@ -14,8 +14,9 @@ from featprobe.errors import ProbeError
 from featprobe.features import Features
 from featprobe.kinds import PAGE, HeadKind, kind_of
 from featprobe.levels import FeatureLevel
+from featprobe.probes.cards import HeadRecipe
 from featprobe.probes.detections import ObjectTarget
-from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.probes.heads import build_head
 from featprobe.scores import SCORES, On
 
 PYRAMID = tuple(FeatureLevel(f"stride{s}", c, s) for s, c in ((4, 6), (8, 9), (16, 12), (32, 15)))

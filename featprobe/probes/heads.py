@@ -9,8 +9,7 @@ from torch import nn
 from featprobe.errors import ProbeError
 from featprobe.kinds import PAGE, builder_of, kind_of
 from featprobe.levels import FeatureLevel, pick_levels
-from featprobe.probes.cards import HeadRecipe as HeadRecipe
-from featprobe.probes.cards import least_classes
+from featprobe.probes.cards import HeadRecipe, least_classes
 from featprobe.probes.fcos import FcosHead
 from featprobe.probes.head import (
     AnomalyHead,

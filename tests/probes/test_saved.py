@@ -12,7 +12,8 @@ from helpers import LEVELS, recipe_of
 from featprobe.errors import ProbeError
 from featprobe.kinds import TASKS, kinds_of
 from featprobe.probes import heads
-from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.probes.cards import HeadRecipe
+from featprobe.probes.heads import build_head
 from featprobe.probes.saved import fingerprint, load_head, save_head
 from featprobe.specs import digest
 

@@ -18,8 +18,9 @@ from featprobe.features import Features
 from featprobe.geometry import Placement
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
+from featprobe.probes.cards import HeadRecipe
 from featprobe.probes.head import AnomalyHead
-from featprobe.probes.heads import HeadRecipe, build_head
+from featprobe.probes.heads import build_head
 from featprobe.probes.verdicts import coreset, map_heads, neighbours, patchcore
 from featprobe.probes.verdicts.anomaly_knn import AnomalyKnnHead
 from featprobe.probes.verdicts.coreset import Draw, farthest_first, projected_columns

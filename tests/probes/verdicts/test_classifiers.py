@@ -16,8 +16,9 @@ from torch import Tensor
 
 from featprobe.errors import ProbeError
 from featprobe.levels import FeatureLevel
+from featprobe.probes.cards import HeadRecipe
 from featprobe.probes.head import ImageHead
-from featprobe.probes.heads import OF_ANOMALIES, OF_IMAGES, HeadRecipe, build_head
+from featprobe.probes.heads import OF_ANOMALIES, OF_IMAGES, build_head
 from featprobe.probes.verdicts.classifiers import NEIGHBOURS, KnnClassifier, LinearClassifier
 
 LEVELS = (FeatureLevel("stride8", 3, 8), FeatureLevel("stride16", 2, 16))
