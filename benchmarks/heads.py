@@ -31,6 +31,7 @@ from _bench import interleave, positive, print_table, quartile_text, report
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from featprobe import machine
 from featprobe.features import Features, cell_shares
 from featprobe.levels import FeatureLevel
 from featprobe.probes import FcosHead, ObjectTarget, UpsampleHead, level_loss
@@ -65,6 +66,7 @@ def make(head_name: str, channels: str, frames: str, side: int) -> tuple[nn.Modu
 def work(side: int) -> None:
     """Answer questions from standard input: "case" takes a step, "case path" saves loss and gradients there."""
     torch.set_num_threads(1)
+    getattr(machine, "tune_memory", lambda: None)()  # as commands of a version that has it
     made: dict[str, tuple[nn.Module, Callable[[], Tensor], torch.optim.Optimizer]] = {}
     for line in sys.stdin:
         case, _, path = line.strip().partition("\t")
@@ -170,8 +172,8 @@ class Version:
 
     def __init__(self, root: Path, side: int) -> None:
         environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        if "take_large_pages" in (root / "featprobe" / "machine.py").read_text():  # as its commands do
-            environment["THP_MEM_ALLOC_ENABLE"] = "1"
+        if any(name in (root / "featprobe" / "machine.py").read_text() for name in ("take_large_pages", "tune_memory")):
+            environment["THP_MEM_ALLOC_ENABLE"] = "1"  # as its commands do
         command = [sys.executable, __file__, "--work", "--size", str(side)]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -1,5 +1,6 @@
 """What this machine has."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -104,15 +105,41 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def faults(code: str, **environment: str) -> int:
+    """The number that a process prints last. environment: its variables, beside those that say nothing of memory."""
+    own = {"THP_MEM_ALLOC_ENABLE", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}
+    here = {name: value for name, value in os.environ.items() if name not in own}
+    here |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=here)
+    return int(done.stdout.split()[-1])
+
+
 def test_commands_take_large_pages_unless_the_environment_says_otherwise() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("needs transparent_hugepage at madvise")
-    here = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
-    here |= {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    faults = []
-    for more in ({}, {"THP_MEM_ALLOC_ENABLE": "0"}):
-        command, environment = [sys.executable, "-c", PAGES], here | more
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-        faults.append(int(done.stdout.split()[-1]))
-    assert 8 * faults[0] < faults[1]
+    assert 8 * faults(PAGES) < faults(PAGES, THP_MEM_ALLOC_ENABLE="0")
+
+
+KEPT = """
+import resource
+from featprobe.cli import main
+try:
+    main(["--version"])
+except SystemExit:
+    import numpy as np
+def step():
+    for held in [np.ones(2 << 20) for _ in range(4)]:  # 64 MiB in blocks of 16
+        del held
+step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_commands_keep_the_memory_that_they_free_unless_the_environment_says_otherwise() -> None:
+    if not hasattr(ctypes.CDLL(None), "mallopt"):
+        pytest.skip("needs glibc")
+    assert 8 * faults(KEPT) < faults(KEPT, MALLOC_TRIM_THRESHOLD_=str(1 << 17))

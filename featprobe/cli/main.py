@@ -28,7 +28,7 @@ from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
 from featprobe.io.disk import REFUSALS
 from featprobe.io.texts import beyond_locale, printable
-from featprobe.machine import take_large_pages
+from featprobe.machine import tune_memory
 
 LACKS = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of a process that may not have more memory or more files."""
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; ends the process with its exit code."""
     streams.hold()
     stopping.listen()
-    take_large_pages()
+    tune_memory()
     sys.excepthook = lambda *raised: echo("".join(traceback.format_exception(*raised)), err=True)
     plain = warnings.formatwarning
     warnings.formatwarning = lambda *warning, **more: printable(

@@ -18,7 +18,7 @@ from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.detections import detection_strides
 from featprobe.probes.linear import LevelNorm, level_statistics
-from featprobe.probes.operations.convolutions import convolved, upsampled_and_convolved
+from featprobe.probes.operations.convolutions import add_upsampled_and_convolved, convolved
 from featprobe.probes.operations.norms import PaddedGroupNorm
 
 GROUPS = 16  # of GroupNorm, as many as divide the width
@@ -208,7 +208,7 @@ class TopDown(Pyramid):
         """The finest map under a 3x3 convolution, from the map of a coarser stride and the levels below it.
 
         Each of these levels goes through the product of its lateral and the 3x3 convolution; both it and the coarser
-        map at their own cells: see `upsampled_and_convolved`.
+        map at their own cells: see `add_upsampled_and_convolved`.
         """
         x, inside = above
         parts: list[tuple[Tensor, Tensor, int]] = []
@@ -220,10 +220,14 @@ class TopDown(Pyramid):
                 x = x + shift[:, None, None]  # a constant stays what it is when it is upsampled
         parts.append((only_inside(x, inside), weight, self.strides[base]))
         total: Tensor | None = None
-        for m, kernel, stride in parts:
+        for m, kernel, stride in sorted(parts, key=lambda part: part[2]):
             times = stride // self.strides[0]
-            own = convolved(m, kernel) if times == 1 else upsampled_and_convolved(m, kernel, times)
-            total = own if total is None else total.add_(own)
+            if total is None:  # the finest level, no cell of which is repeated
+                total = convolved(m, kernel)
+            elif times == 1:
+                total = total.add_(convolved(m, kernel))
+            else:
+                total = add_upsampled_and_convolved(total, m, kernel, times)
         assert total is not None
         return total, cells_inside(features.content, (total.shape[2], total.shape[3]), self.strides[0])
 

@@ -9,7 +9,12 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from featprobe.probes.operations import convolutions, winograd
 from featprobe.probes.operations import towers as towers_of
-from featprobe.probes.operations.convolutions import convolved, few_outputs, upsampled_and_convolved, weight_gradient
+from featprobe.probes.operations.convolutions import (
+    add_upsampled_and_convolved,
+    convolved,
+    few_outputs,
+    weight_gradient,
+)
 from featprobe.probes.operations.norms import group_norm
 from featprobe.probes.operations.towers import towers
 
@@ -77,12 +82,14 @@ def test_the_gradient_of_weights_stands_for_itself() -> None:
 
 @pytest.mark.parametrize("times", [2, 3, 4])
 @pytest.mark.parametrize("cells", [(5, 4), (1, 1), (2, 20)])
-def test_upsampling_and_convolving_are_one_function(times: int, cells: tuple[int, int]) -> None:
-    x, weight = random(2, 3, *cells), random(5, 3, 3, 3)
-    for inputs in ((x, weight), (x.detach(), weight)):
+def test_upsampling_and_convolving_are_one_function_that_adds(times: int, cells: tuple[int, int]) -> None:
+    total, x, weight = random(2, 5, *(times * n for n in cells)), random(2, 3, *cells), random(5, 3, 3, 3)
+    for inputs in ((total, x, weight), (total, x.detach(), weight), (total.detach(), x, weight)):
         same(
-            lambda x, weight: upsampled_and_convolved(x, weight, times),
-            lambda x, weight: conv2d(interpolate(x, scale_factor=times, mode="nearest"), weight, padding=1),
+            lambda total, x, weight: add_upsampled_and_convolved(total.clone(), x, weight, times),
+            lambda total, x, weight: (
+                total + conv2d(interpolate(x, scale_factor=times, mode="nearest"), weight, padding=1)
+            ),
             inputs,
         )
 

@@ -130,49 +130,56 @@ def few_outputs_backward(x: Tensor, weight: Tensor, above: Tensor, of_x: Tensor)
     return found.unflatten(0, (3, 3, -1)).flip(0, 1).permute(2, 3, 0, 1)
 
 
-def upsampled_and_convolved(x: Tensor, weight: Tensor, times: int) -> Tensor:
-    """x with each cell repeated along both axes, under a 3x3 convolution with a padding of 1.
+def add_upsampled_and_convolved(total: Tensor, x: Tensor, weight: Tensor, times: int) -> Tensor:
+    """Add x, with each cell repeated along both axes and under a 3x3 convolution with a padding of 1, to a total.
 
-    x: (batch, channels, rows, columns). weight: (outputs, channels, 3, 3). times: of each cell along an axis, at least
-    2. Returns (batch, outputs, times * rows, times * columns).
+    total: (batch, outputs, times * rows, times * columns), channels last in memory; changed, and returned. x: (batch,
+    channels, rows, columns). weight: (outputs, channels, 3, 3). times: of each cell along an axis, at least 2.
     """
-    return cast(Tensor, _UpsampledConvolution.apply(x, weight, times))
+    return cast(Tensor, _UpsampledConvolution.apply(total, x, weight, times))
 
 
 class _UpsampledConvolution(torch.autograd.Function):
-    """Cells go through the nine products of the kernel before they are repeated; back, sums of them do."""
+    """Cells go through the nine products of the kernel before they are repeated; back, sums of them do.
+
+    Image by image: what is added lies in memory that the next image uses again.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, times: int) -> Tensor:
+    def forward(ctx: Any, total: Tensor, x: Tensor, weight: Tensor, times: int) -> Tensor:
         cells = x.permute(0, 2, 3, 1).contiguous()  # (batch, rows, columns, channels)
         ctx.save_for_backward(cells, weight)
         ctx.times = times
+        ctx.mark_dirty(total)
         if times == 2:  # torch's needs 16 products of a cell, but fewer passes over memory
             kernel = upsampling_kernel(weight, times)
-            return conv_transpose2d(cells.permute(0, 3, 1, 2), kernel, stride=times, padding=1)
+            for image, own in zip(cells.permute(0, 3, 1, 2).split(1), total.split(1), strict=True):
+                own.add_(conv_transpose2d(image, kernel, stride=times, padding=1))
+            return total
         (height, width, channels), outputs = cells.shape[1:], len(weight)
         by_tap = weight.permute(1, 2, 3, 0).reshape(channels, -1)  # (channels, 9 * outputs)
-        shape = (len(x), outputs, height * times, width * times)
-        found = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         wide = x.new_empty(height, width, times, 3, outputs)
-        for image, own in zip(cells, found.permute(0, 2, 3, 1), strict=True):
+        found = x.new_empty(height, times, width * times, outputs)
+        for image, own in zip(cells, total.permute(0, 2, 3, 1), strict=True):
             taps = (image.flatten(0, 1) @ by_tap).view(height, width, 3, 3, outputs)
             _spread(taps.movedim(3, 0), wide.movedim(2, 0), 1)
-            _spread(wide.flatten(1, 2).movedim(2, 0), own.view(height, times, -1, outputs).movedim(1, 0), 0)
-        return found
+            _spread(wide.flatten(1, 2).movedim(2, 0), found.movedim(1, 0), 0)
+            own.add_(found.flatten(0, 1))
+        return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         cells, weight = ctx.saved_tensors
         (height, width, channels), outputs, times = cells.shape[1:], len(weight), ctx.times
         by_tap = weight.permute(2, 3, 0, 1).reshape(-1, channels)  # (9 * outputs, channels)
-        of_x = torch.empty_like(cells) if ctx.needs_input_grad[0] else None
+        of_x = torch.empty_like(cells) if ctx.needs_input_grad[1] else None
         of_taps = torch.zeros_like(by_tap)
         step = min(height, max(1, CELLS // width))
         rows = cells.new_empty(3, step, width * times + 2, outputs)
         taps = cells.new_empty(step, width, 3, 3, outputs)
+        wide = cells.new_zeros(height * times + 2, width * times + 2, outputs)
         for i, image in enumerate(upstream[0].permute(0, 2, 3, 1)):
-            wide = pad(image, (0, 0, 1, 1, 1, 1))
+            wide[1:-1, 1:-1] = image
             for start in range(0, height, step):
                 part = slice(start, min(start + step, height))
                 count = part.stop - start
@@ -183,6 +190,7 @@ class _UpsampledConvolution(torch.autograd.Function):
                     torch.mm(sums, by_tap, out=of_x[i, part].view(-1, channels))
                 of_taps.addmm_(sums.T, own)
         return (
+            upstream[0],
             None if of_x is None else of_x.permute(0, 3, 1, 2),
             of_taps.view(3, 3, outputs, channels).permute(2, 3, 0, 1),
             None,

@@ -78,7 +78,9 @@ def _pieces(x: Tensor, gradient: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     (height, width), (down, across), (images, rows) = x.shape[2:], _tiles_of(x), _at_once(x)
     if height % 4 or width % 4:
         gradient = pad(gradient, (0, 4 * across - width, 0, 4 * down - height))
-    wide = x.new_zeros(images, 4 * down + 2, 4 * across + 2, x.shape[1])
+    wide = x.new_empty(images, 4 * down + 2, 4 * across + 2, x.shape[1])
+    for edge in (wide[:, 0], wide[:, height + 1 :], wide[:, :, 0], wide[:, :, width + 1 :]):
+        edge.zero_()
     values = wide.unfold(1, 6, 4).unfold(2, 6, 4)
     gradients = gradient.permute(0, 2, 3, 1).unfold(1, 4, 4).unfold(2, 4, 4)
     for start in range(0, len(x), images):

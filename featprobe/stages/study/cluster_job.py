@@ -15,7 +15,7 @@ from typing import Any
 
 from featprobe.errors import FeatprobeError
 from featprobe.io.texts import printable
-from featprobe.machine import take_large_pages
+from featprobe.machine import tune_memory
 
 STOPS = {signal.SIGUSR1, signal.SIGUSR2}  # what SLURM sends before it stops a job; which one is set for submitit
 WAIT = 60.0  # seconds: as long as a shared folder may take until a node sees a new file
@@ -24,7 +24,7 @@ WAIT = 60.0  # seconds: as long as a shared folder may take until a node sees a 
 def main() -> None:
     """Do the job of this process, as the environment names it; exits with 1 where it fails in words."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # they wait until the job can go back into the queue
-    take_large_pages()
+    tune_memory()
     import submitit.core.submission
 
     from featprobe.stages.study.cluster import write_failure
