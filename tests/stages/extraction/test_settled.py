@@ -15,10 +15,11 @@ from PIL import Image
 
 from featprobe.cache import CacheWriter
 from featprobe.errors import DataError
-from featprobe.stages.extraction import extract as stage
+from featprobe.stages.extraction import make_cache as stage
 from featprobe.stages.extraction import settled as settled_module
-from featprobe.stages.extraction.extract import ExtractReport, extract, speed_text
+from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.run_log import ExtractReport, speed_text
 from featprobe.stages.extraction.settled import listing_of, look_path
 from featprobe.stages.upkeep.caches import remove_caches
 from featprobe.stages.workspace import Workspace
@@ -238,12 +239,12 @@ def test_nothing_is_kept_where_an_image_cannot_be_read(run, data):
     assert not run(skip_bad=True).by_times
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 2}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 3}', "[" * 100_000, "\xff"])
 def test_what_cannot_be_understood_is_ignored_and_made_anew(run, text):
     look = look_path(run().path)
     look.write_text(text, encoding="latin-1")
     assert not run().by_times
-    assert json.loads(look.read_text())["version"] == 1 and run().by_times
+    assert json.loads(look.read_text())["version"] == 2 and run().by_times
 
 
 def test_a_cache_that_is_damaged_or_gone_is_made_anew(run):
