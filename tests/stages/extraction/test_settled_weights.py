@@ -21,6 +21,7 @@ from featprobe.backbones.backbone import load_backbone
 from featprobe.backbones.given import at_hand
 from featprobe.errors import BackboneError
 from featprobe.specs import BackboneSpec
+from featprobe.stages.extraction import extract as door
 from featprobe.stages.extraction import make_cache, settled
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -189,23 +190,37 @@ def test_another_request_reads_all_again(run, loads, other):
 
 def test_another_device_asks_the_network(run, loads, monkeypatch):
     run()
-    monkeypatch.setattr("featprobe.stages.extraction.extract._device", lambda name: "cuda:0")
+    monkeypatch.setattr(door, "_device", lambda name: "cuda:0")
     assert (run().by_times, len(loads)) == (False, 2)
 
 
-def test_weights_that_change_while_they_are_read_are_not_known(run, weights, loads, monkeypatch):
+def test_torch_is_asked_for_the_device_unless_it_surely_is_the_cpu(monkeypatch):
+    monkeypatch.setattr("featprobe.processes.pick_device", lambda name: f"torch's own {name}")
+    for sure, unnamed in ((True, "cpu"), (False, "torch's own None")):
+        monkeypatch.setattr(door, "lacks_accelerator", lambda sure=sure: sure)
+        assert [door._device(name) for name in (None, "cpu", "cuda:1")] == [unnamed, "cpu", "torch's own cuda:1"]
+
+
+def test_weights_that_are_others_only_while_they_are_read_are_not_known(run, weights, loads, monkeypatch):
+    """A link that is turned to other weights, and back after the run, leads to a file that nobody has changed."""
+    mine, other = (weights.with_name(f"{name}.safetensors") for name in ("mine", "other"))
+    weights.rename(mine)
+    write_weights(other, 1)
+    weights.symlink_to(mine)
     counting = make_cache.load_backbone
 
-    def and_change(*arguments: Any) -> Any:
-        found = counting(*arguments)
-        replaced(weights)
-        return found
+    def turn(*arguments: Any) -> Any:
+        weights.unlink()
+        weights.symlink_to(other)
+        return counting(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_cache, "load_backbone", and_change)
+        patch.setattr(make_cache, "load_backbone", turn)
         first = run()
-    other = run()
-    assert (other.by_times, len(loads)) == (False, 2) and other.path != first.path
+    weights.unlink()
+    weights.symlink_to(mine)
+    again = run()
+    assert (again.by_times, len(loads)) == (False, 2) and again.path != first.path
 
 
 def test_weights_that_are_gone_are_named(run, weights):
