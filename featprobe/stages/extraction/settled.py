@@ -77,6 +77,7 @@ def ask(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extra
         **{package: version(package) for package in ("torch", "timm")},
         "formats": names_in(DATASETS),
         "data": [name, str(root.resolve()), own.get("classes"), *filter(None, [own.get("good")])],
+        "follow_links": workspace.follow_links or own.get("follow_links", False),
         "options": {key: value for key, value in asdict(options).items() if key not in CHANGE_NO_FILE},
         "backbone": asdict(spec),
         "device": device,

@@ -43,9 +43,9 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, data: Path) -> Callable[..., ExtractReport]:
-    def call(root: Path = data, **changed: object) -> ExtractReport:
+    def call(root: Path = data, space: Workspace | None = None, **changed: object) -> ExtractReport:
         time.sleep(0.01)  # a tick of the file system's clock
-        space = Workspace(tmp_path / "workspace")
+        space = space or Workspace(tmp_path / "workspace")
         options = replace(OPTIONS, **changed)  # type: ignore[arg-type]
         return extract(space, space.backbone("embedded"), str(root), options)
 
@@ -156,6 +156,17 @@ def test_another_question_is_not_answered_by_it(run, other):
     report = run(**other)
     assert not report.by_times and report.path != first.path
     assert run().by_times and run(**other).by_times
+
+
+def test_a_set_whose_links_may_lead_elsewhere_is_another_question(run, data, tmp_path):
+    """Without leave it is refused, whatever was answered with it."""
+    outside = tmp_path / "outside.png"
+    (data / "images" / "part01.png").rename(outside)
+    (data / "images" / "part01.png").symlink_to(outside)
+    with_leave = Workspace(tmp_path / "workspace", follow_links=True)
+    assert not run(space=with_leave).by_times and run(space=with_leave).by_times
+    with pytest.raises(DataError, match="follow-links"):
+        run()
 
 
 def test_auto_by_times_takes_the_cache_and_says_the_notes_that_a_full_look_does(run, data, monkeypatch):
