@@ -188,10 +188,12 @@ def test_another_request_reads_all_again(run, loads, other):
     assert (run(**other).by_times, len(loads)) == (False, 2)
 
 
-def test_another_device_asks_the_network(run, loads, monkeypatch):
-    run()
+def test_on_another_device_the_network_is_asked_once(run, loads, monkeypatch):
+    first = run()
     monkeypatch.setattr(door, "_device", lambda name: "cuda:0")
     assert (run().by_times, len(loads)) == (False, 2)
+    again = run()
+    assert (again.by_times, again.device, again.path, len(loads)) == (True, "cuda:0", first.path, 2)
 
 
 def test_torch_is_asked_for_the_device_unless_it_surely_is_the_cpu(monkeypatch):
