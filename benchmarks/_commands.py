@@ -28,7 +28,7 @@ from kill9 import write_set
 
 CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports are done once, for all children
 CONTEXT.set_forkserver_preload([
-    "featprobe.cli.main", "featprobe.stages.extraction.extract", "featprobe.stages.training.finetune",
+    "featprobe.cli.main", "featprobe.stages.extraction.make_cache", "featprobe.stages.training.finetune",
     "featprobe.stages.study.study", "featprobe.stages.study.run_study", "featprobe.stages.study.grid",
     "featprobe.stages.study.cluster", "featprobe.stages.comparison.compare", "featprobe.stages.inspection.inspect",
     "featprobe.stages.inspection.lines", "featprobe.stages.recording.rescore", "featprobe.stages.predict",

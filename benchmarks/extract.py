@@ -25,8 +25,9 @@ from PIL import Image
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.catalog import find_backbone
 from featprobe.cache import open_cache
-from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
+from featprobe.stages.extraction.run_log import ExtractReport
 from featprobe.stages.workspace import Workspace
 
 TARGET = 0.95

@@ -29,8 +29,8 @@ from featprobe.features import Features, cell_shares
 from featprobe.kinds import TrainRecipe
 from featprobe.probes import LinearHead, level_loss
 from featprobe.probes.train import Tuned, train
-from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.workspace import Workspace
 

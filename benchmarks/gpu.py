@@ -40,9 +40,10 @@ from featprobe.geometry import place
 from featprobe.kinds import KINDS
 from featprobe.machine import usable_cores
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
+from featprobe.stages.extraction.make_cache import extract_with
+from featprobe.stages.extraction.run_log import ExtractReport
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.prepared import keep_on_device, prepare, source_of, trials_of
@@ -177,7 +178,7 @@ def measure(bench: Bench) -> None:
     jobs = [(bench.data, number, bench.side) for number in range(bench.count)]
     with ProcessPoolExecutor(usable_cores()) as pool:
         list(pool.map(picture, jobs, chunksize=8))
-    precision, backbone = resolve("auto", bench.device), bench.network()
+    precision, backbone = resolve("auto", bench.device.type), bench.network()
     limits = Limits(bare_forward(bench, backbone, precision), one_core_decoding(bench))
     bench.note(f"bare forward, {precision}, batch 16", limits.forward, "images/s")
     bench.note("Pillow on one core", limits.one_core, "images/s")

@@ -38,8 +38,8 @@ from featprobe.errors import CacheError
 from featprobe.features import Features
 from featprobe.levels import FeatureLevel
 from featprobe.specs import BackboneSpec, digest
-from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.workspace import Workspace
 
 IMAGES, BLOCK, SIDE = 24, 2, 128  # images of a set, images per block, pixels
@@ -50,7 +50,7 @@ CONTROL_PAUSE = 0.2  # seconds between a control writer's `done` and its data
 MIDWAY_SHARE = 0.8  # of the kills that must meet a file that is neither empty nor complete
 
 CONTEXT = multiprocessing.get_context("forkserver")  # the slow imports are done once, for all children
-CONTEXT.set_forkserver_preload(["featprobe.stages.extraction.extract"])
+CONTEXT.set_forkserver_preload(["featprobe.stages.extraction.make_cache"])
 
 RowBytes = Mapping[str, NDArray[np.uint8]]  # level name -> (rows, bytes)
 

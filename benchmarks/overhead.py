@@ -36,8 +36,8 @@ from featprobe.kinds import KINDS
 from featprobe.levels import FeatureLevel
 from featprobe.probes import execution
 from featprobe.probes.train import _Loop, _steps
-from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.partition import Partition
 from featprobe.stages.tasks import segmentation
 from featprobe.stages.tasks.task import EVALUATION_BATCH

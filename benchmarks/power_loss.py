@@ -32,8 +32,8 @@ from kill9 import BLOCK, IMAGES, PoolingBackbone, RowBytes, faults_of, find_file
 
 from featprobe.cache import WHOLE, Cache, CacheWriter, read_contents
 from featprobe.cache import writer as writer_module
-from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.workspace import Workspace
 
 SECTOR = 512  # bytes that a disk writes whole or not at all

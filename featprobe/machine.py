@@ -18,6 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h; other C libraries ha
 KEPT = 1 << 28  # bytes
 DEVICES = ("cuda", "mps", "cpu")
 """Kinds of devices that compute, the best first."""
+DRIVERS = ("nvidia", "nvhost", "nvmap", "nvgpu", "kfd", "dxg")
+"""What the names of files in /dev begin with that lead to a GPU on Linux."""
 
 
 def check_device(name: str) -> None:
@@ -27,6 +29,25 @@ def check_device(name: str) -> None:
             f"There is no device {name!r} here.\n  wanted  one of {', '.join(DEVICES)}, or the second GPU as cuda:1\n"
             "Omit --device to use the best available device."
         )
+
+
+def lacks_accelerator(devices: Path = Path("/dev")) -> bool:
+    """Whether this machine surely has nothing but its CPU that torch computes on: a Linux without a driver's files.
+
+    Those are NVIDIA's (nvidia0, on boards nvhost or nvmap), AMD's (kfd), and that of Windows' subsystem (dxg).
+    """
+    try:
+        names = os.listdir(devices)
+    except OSError:
+        return False
+    return sys.platform == "linux" and not any(name.startswith(DRIVERS) for name in names)
+
+
+def launched() -> tuple[int, int]:
+    """(number of this process from 0, number of processes) from torchrun; (0, 1) without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def available_memory(group: Path = CONTROL_GROUPS) -> int:

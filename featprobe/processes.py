@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.errors import BackboneError, ProbeError
-from featprobe.machine import DEVICES, check_device
+from featprobe.machine import DEVICES, check_device, launched
 
 LONGEST_WAIT = timedelta(hours=2)  # the others wait so long for the main process, which solves, scores and writes alone
 T = TypeVar("T")
@@ -46,13 +46,6 @@ def pick_device(name: str | None) -> torch.device:
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(kind)
-
-
-def launched() -> tuple[int, int]:
-    """(number of this process from 0, number of processes) from torchrun; (0, 1) without torchrun."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager

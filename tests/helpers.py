@@ -27,8 +27,9 @@ from featprobe.kinds import kind_of, kinds_of
 from featprobe.levels import FeatureLevel
 from featprobe.result_rows import ResultRow
 from featprobe.specs import BYTES_PER_VALUE, DataInfo, FeatureRecipe
-from featprobe.stages.extraction.extract import ExtractReport, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
+from featprobe.stages.extraction.run_log import ExtractReport
 from featprobe.stages.partition import Partition
 from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.training.run import Finished

@@ -252,8 +252,16 @@ def test_what_reads_stored_features_loads_no_network_and_no_torchvision(module: 
     assert not [name for name in found if name.split(".")[0] in ("torchvision", "timm")]
 
 
-def test_a_comparison_loads_no_torch() -> None:
-    """torch takes longer to load than everything else that a comparison does."""
-    found = loaded_with("featprobe.stages.comparison.compare")
-    assert {"featprobe.probes.saved", "featprobe.report.page"} <= found
+@pytest.mark.parametrize(
+    ("module", "reached"),
+    [
+        ("featprobe.stages.comparison.compare", {"featprobe.probes.saved", "featprobe.report.page"}),
+        ("featprobe.stages.extraction.extract", {"featprobe.stages.extraction.settled"}),
+        ("featprobe.stages.upkeep.caches", {"featprobe.cache.store"}),
+    ],
+)
+def test_what_computes_nothing_loads_no_torch(module: str, reached: set[str]) -> None:
+    """torch takes longer to load than everything else that a comparison does, or an extraction with nothing to do."""
+    found = loaded_with(module)
+    assert reached <= found
     assert not [name for name in found if name.split(".")[0] in ("torch", "torchvision", "timm")]

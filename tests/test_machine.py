@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from featprobe.machine import available_memory, usable_cores
+from featprobe.machine import available_memory, lacks_accelerator, usable_cores
 
 
 @pytest.fixture
@@ -143,3 +143,17 @@ def test_commands_keep_the_memory_that_they_free_unless_the_environment_says_oth
     if not hasattr(ctypes.CDLL(None), "mallopt"):
         pytest.skip("needs glibc")
     assert 8 * faults(KEPT) < faults(KEPT, MALLOC_TRIM_THRESHOLD_=str(1 << 17))
+
+
+@pytest.mark.parametrize("file", ["nvidiactl", "nvidia0", "nvhost-gpu", "nvmap", "kfd", "dxg", ""])
+def test_only_a_linux_without_any_file_of_a_gpu_surely_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    for name in ("null", "nvme0", "nvram", "kmsg", *filter(None, [file])):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert lacks_accelerator(tmp_path) is (file == "")
+    assert not lacks_accelerator(tmp_path / "nowhere")
+    for other in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", other)
+        assert not lacks_accelerator(tmp_path)

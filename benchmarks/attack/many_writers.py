@@ -29,7 +29,7 @@ import timm  # noqa: F401  before the forks
 import torchvision  # noqa: F401
 from PIL import Image
 
-import featprobe.stages.extraction.extract  # noqa: F401
+import featprobe.stages.extraction.make_cache  # noqa: F401
 from featprobe.cache import WHOLE, open_cache, verify
 from featprobe.cli.main import main as featprobe_main
 

@@ -1,5 +1,6 @@
 """The known backbones: those with short names, every model of timm, and those of other packages."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -50,6 +51,12 @@ def check_weights(path: Path) -> None:
     """Raise BackboneError where there is no file of weights."""
     if not os.path.exists(path):  # which is False for a name that no system takes
         raise BackboneError(f"There is no weights file {path}.")
+
+
+def embedded_file() -> Path | None:
+    """The file of the embedded backbone's weights; None where its package is not installed."""
+    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
+    return Path(found.origin).parent / EMBEDDED_FILE if found and found.origin else None
 
 
 def is_taken(name: str) -> bool:

@@ -13,12 +13,11 @@ import torch
 from torch import nn
 
 from featprobe.backbones.own import create_own
+from featprobe.backbones.weight_files import HUB_FILE, hub_repository
 from featprobe.backbones.weights import fits, frame_of, load_strictly, read_embedded, read_weights
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size
 from featprobe.specs import BackboneSpec
-
-HUB_FILE = "model.safetensors"
 
 
 def first_line(error: Exception) -> str:
@@ -92,6 +91,16 @@ def _from_hub(spec: BackboneSpec, options: dict[str, Any]) -> nn.Module:
             "  copy a filled hub cache here, and point HF_HOME at it\n"
             "  use the weights that come from the package index:  --backbone embedded   (or --random-init as a control)"
         ) from error
+
+
+def takes_named_file(spec: BackboneSpec) -> bool:
+    """Whether weights come from the file that `weight_files` names: of those of the hub, timm alone knows."""
+    if spec.source != "hub":
+        return True
+    config: Any = timm.get_pretrained_cfg(spec.model, allow_unregistered=True)
+    if config is None or config.hf_hub_id != hub_repository(spec.model):
+        return False
+    return not (config.source or config.state_dict or config.file or config.hf_hub_filename)
 
 
 def _resolve_hub() -> None:

@@ -56,11 +56,17 @@ def timm_names() -> TimmNames:
     return known
 
 
-@cache
-def _read() -> TimmNames | None:
+def timm_folder() -> Path | None:
+    """The folder of the timm that is installed; None where there is none, or more than one."""
     spec = find_spec("timm")
     folders = (spec and spec.submodule_search_locations) or ()
-    texts = [path.read_text(encoding="utf-8") for own in folders for path in Path(own, "models").glob("*.py")]
+    return Path(folders[0]) if len(folders) == 1 else None
+
+
+@cache
+def _read() -> TimmNames | None:
+    folder = timm_folder()
+    texts = [path.read_text(encoding="utf-8") for path in folder.glob("models/*.py")] if folder else []
     models = [name for text in texts for name in _MODEL.findall(text)]
     if not models or len(models) != sum(text.count(_MARK) for text in texts):
         return None

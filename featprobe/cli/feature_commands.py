@@ -47,7 +47,7 @@ def extract(ctx: click.Context, json_: bool, **options: Any) -> None:
     """
     workspace, spec, how = _asked(ctx, options)
     from featprobe.stages.extraction.extract import extract as run
-    from featprobe.stages.extraction.extract import speed_text
+    from featprobe.stages.extraction.run_log import speed_text
 
     report = run(workspace, spec, options["data"], how)
     if json_:

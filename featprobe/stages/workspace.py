@@ -293,12 +293,12 @@ def make_generated(
 
     Raises DataError when the folder holds something else, DiskError when it can't be written.
     """
-    from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
-
     if (folder / "annotations").is_dir():
         return folder
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is not empty and not a generated set. Nothing was changed. Choose another folder.")
+    from featprobe.datasets.generated import generate  # scipy takes time, and most commands generate nothing
+
     try:
         with new_folder(folder) as temporary:
             generate(name, temporary, images=images, size=size, seed=seed)

@@ -50,7 +50,7 @@ from featprobe.stages.commands import commands_of
 from featprobe.stages.comparison.compare import compare
 from featprobe.stages.comparison.results import load_results
 from featprobe.stages.comparison.tested import ObjectTest
-from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.partition import SCARCE_FIRST, Partition, classes_of, single_splits, split_notes
 from featprobe.stages.training.finetune import missing_counterparts
 from featprobe.stages.training.probe import notes_of, probe

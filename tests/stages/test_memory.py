@@ -16,7 +16,7 @@ from featprobe.errors import BackboneError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
 from featprobe.stages.predict import predict
 from featprobe.stages.training import fit, run

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from helpers import CONTEXT, PoolingBackbone, extract, find_file, opened, stored, write_set
 
-import featprobe.stages.extraction.extract as stage
+import featprobe.stages.extraction.make_cache as stage
 from featprobe.cache import RowLocks, create_file, verify
 from featprobe.errors import CacheBusyError
 

@@ -4,8 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-
 from featprobe.backbones.precision import ONLY_ON_CUDA, resolve
 from featprobe.cache import MISSING, Cache, read_contents
 from featprobe.errors import BackboneError, CacheError
@@ -16,16 +14,16 @@ from featprobe.specs import CachePrecision, FeatureRecipe
 def settle_precision(
     recipe: FeatureRecipe,
     asked: CachePrecision | Literal["auto"],
-    device: torch.device,
+    device: str,
     folder: Path,
     data: str,
 ) -> tuple[FeatureRecipe, tuple[str, ...]]:
     """The recipe in the precision that a request means, and what the user should know of it.
 
     auto: that of a complete cache of the data set as it is now, computed wherever it was; else that of the file that
-    was begun, the one that this device would choose before others; else what this device chooses. folder: of the
-    caches. data: fingerprint of the set. Raises BackboneError where the device can't compute it, or can't go on with
-    what was begun.
+    was begun, the one that this device would choose before others; else what this device chooses. device: cpu, cuda or
+    mps. folder: of the caches. data: fingerprint of the set. Raises BackboneError where the device can't compute it,
+    or can't go on with what was begun.
     """
     own: Any = resolve(asked, device)
     kinds: dict[CachePrecision, FeatureRecipe] = {kind: replace(recipe, precision=kind) for kind in _in_order(own)}
@@ -38,7 +36,7 @@ def settle_precision(
     if complete:
         notes = [f"{paths[kind]} {lack}; --precision {kind} goes on with it" for kind, lack in lacks.items() if lack]
         return kinds[complete[0]], tuple(notes)
-    able = [kind for kind in there if device.type == "cuda" or kind not in ONLY_ON_CUDA]
+    able = [kind for kind in there if device == "cuda" or kind not in ONLY_ON_CUDA]
     if there and not able:
         raise BackboneError(
             f"{paths[there[0]]} was begun on CUDA, in the precision {there[0]}, and {lacks[there[0]]}.\n"

@@ -217,6 +217,18 @@ def read_as(given: Mapping[str, str | None], table: Mapping[str, Any]) -> dict[s
     return found | {"split_file": str(Path(pinned).resolve()) if pinned else None}
 
 
+def read_already(options: ExtractOptions, data: DataSet) -> ExtractOptions:
+    """The options with how a set was read. Raises DataError where they ask for another reading."""
+    other = [name for name in READ_AS if getattr(options, name) not in (None, data.description.get(name))]
+    if other:
+        raise DataError(
+            f"{data.root} was read already, so {', '.join(other)} would change nothing. Nothing was computed.\n"
+            "Give its path instead of the data set, or omit these options."
+        )
+    how: dict[str, Any] = {name: data.description.get(name) for name in READ_AS}
+    return replace(options, **how)
+
+
 def check_thinned(tiling: Tiling | None, data: DataSet) -> None:
     """Raise DataError where tiles without a defect are to be left out of a set that does not say where defects are."""
     if tiling and tiling.thinned and not data.tasks:

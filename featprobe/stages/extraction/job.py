@@ -16,7 +16,7 @@ from featprobe.backbones.precision import resolve
 from featprobe.cache import Row
 from featprobe.datasets import DataSet
 from featprobe.datasets.images.reading import Header
-from featprobe.errors import CacheError, DataError
+from featprobe.errors import CacheError
 from featprobe.geometry import Size
 from featprobe.machine import free_disk, human_bytes
 from featprobe.specs import BackboneSpec, DataInfo, FeatureRecipe
@@ -70,14 +70,14 @@ def prepare(
     """Look at the whole data set and settle the recipe, the rows and the file's name. device: that computes."""
     options.check()
     check_thinned(options.tiling, data)
-    resolve(options.precision, device)  # refuses before anything is read
+    resolve(options.precision, device.type)  # refuses before anything is read
     surveyed = survey(data, workers=options.workers, skip_bad=options.skip_bad, quiet=options.quiet)
     recipe = make_recipe(surveyed, backbone, options)
     check_turns(recipe.views, recipe.size, recipe.fit)
     backbone.fit(recipe.frame)
     folder = workspace.cache_folder(data.name, data.root)
     recipe = replace(recipe, sized=backbone.sized)
-    recipe, notes = settle_precision(recipe, options.precision, device, folder, surveyed.fingerprint)
+    recipe, notes = settle_precision(recipe, options.precision, device.type, folder, surveyed.fingerprint)
     if recipe.precision != "fp32":
         options = replace(options, precision=recipe.precision)  # the command is to make this very file
     rows, whole = make_rows(surveyed, recipe, backbone.multiple)
@@ -95,18 +95,6 @@ def read_set(workspace: Workspace, name: str, options: ExtractOptions) -> DataSe
     """The data set of a name, read as options say."""
     how = {name: getattr(options, name) for name in READ_AS if name != "format"}
     return workspace.data_set(name, options.format, **how)
-
-
-def read_already(options: ExtractOptions, data: DataSet) -> ExtractOptions:
-    """The options with how a set was read. Raises DataError where they ask for another reading."""
-    other = [name for name in READ_AS if getattr(options, name) not in (None, data.description.get(name))]
-    if other:
-        raise DataError(
-            f"{data.root} was read already, so {', '.join(other)} would change nothing. Nothing was computed.\n"
-            "Give its path instead of the data set, or omit these options."
-        )
-    how: dict[str, Any] = {name: data.description.get(name) for name in READ_AS}
-    return replace(options, **how)
 
 
 def _placed(spec: BackboneSpec) -> BackboneSpec:

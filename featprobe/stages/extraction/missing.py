@@ -167,7 +167,7 @@ def _make(
 
 def _extract(workspace: Workspace, data: DataSet, spec: BackboneSpec, how: ExtractOptions) -> None:
     from featprobe.backbones.backbone import load_backbone  # timm takes time, and most commands make nothing
-    from featprobe.stages.extraction.extract import extract_with
+    from featprobe.stages.extraction.make_cache import extract_with
 
     begun, device = time.perf_counter(), pick_device(how.device)
     model = load_backbone(spec, how.levels, device)

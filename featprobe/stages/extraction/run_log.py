@@ -1,4 +1,4 @@
-"""The log of runs beside a cache, a JSON line per run: what extraction cost, and on which device it computed."""
+"""What runs of an extraction did: the report of one, and the log of all beside a cache, a JSON line per run."""
 
 import json
 import time
@@ -11,9 +11,86 @@ from typing import Any
 from featprobe.cache import WHOLE, Cache, read_contents
 from featprobe.errors import FileKindError, counted
 from featprobe.io.disk import append_line, parse_json, read_regular
+from featprobe.machine import human_bytes
 
 LARGEST_LOG = 1 << 26  # bytes
 LONGEST_RUN = 1e10  # seconds, which are three hundred years
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """The report of an extraction. seconds: load, look, run, and what `run` waited for: images, disk.
+
+    On CUDA the memory that waits for the disk is held while features are computed, too: that time counts there as well.
+    And how long each part of `run` would have taken with nothing to wait for: network, decoding, copying (from the
+    device, 0 where there is none), writing.
+    rows: tiles and views, or else images; images: that they show. by_times: the data set was not read, since its files
+    have the sizes and times of last time.
+    """
+
+    path: Path
+    rows: int
+    computed: int
+    copied: int
+    missing: int
+    unreadable: tuple[tuple[str, str], ...]
+    bytes_written: int
+    seconds: dict[str, float]
+    notes: tuple[str, ...]
+    device: str
+    images: int
+    by_times: bool = False
+
+    def __repr__(self) -> str:
+        states = {"computed": self.computed, "copied": self.copied, "missing": self.missing}
+        said = [f"{count} {state}" for state, count in states.items() if count]
+        said += [f"{len(self.unreadable)} unreadable"] if self.unreadable else []
+        done = ", ".join(said) or "nothing to do"
+        return f"ExtractReport({counted(self.rows, 'row')}: {done}; {str(self.path)!r})"
+
+
+def speed_text(report: ExtractReport) -> str:
+    """The report of an extraction, for a person: counts, speed, and what waited for what."""
+    counts = counted(report.rows, "image")
+    if report.rows != report.images:
+        counts = f"{counted(report.rows, 'part')} of {counted(report.images, 'image')}"
+    bad = f", {len(report.unreadable)} unreadable" if report.unreadable else ""
+    copied = f"; {report.copied} copied from the cache of the set as it was" if report.copied else ""
+    if not report.computed and not report.missing:
+        if copied:
+            return f"{report.path}: complete ({counts}{bad}); the set changed: written anew, none computed{copied}"
+        text = f"{report.path}: complete ({counts}{bad}); nothing to do"
+        return f"{text}: files have the sizes and times of last time (--rehash reads them)" if report.by_times else text
+    run = report.seconds["run"]
+    lines = [
+        f"{report.path}: {report.computed} of {counts} computed in {run:.1f} s on {report.device} "
+        f"({report.computed / run:.1f} img/s, {human_bytes(report.bytes_written / run)}/s){copied}; "
+        f"before that {report.seconds['load']:.1f} s for weights, {report.seconds['look']:.1f} s to look at the data"
+    ]
+    lines += [_limit_text(report)] if report.computed else []
+    if report.missing:
+        lines.append(
+            f"{counted(report.missing, 'row is', 'rows are')} still missing: other shards make them, "
+            "or run this again without --shard."
+        )
+    return "\n".join(lines)
+
+
+TIMED = {"network": "the backbone", "decoding": "decoding", "copying": "copying to the host", "writing": "the disk"}
+
+
+def _limit_text(report: ExtractReport) -> str:
+    """The part of an extraction that was its limit, and the rate of each part without waiting."""
+
+    def rate(part: str) -> str:
+        seconds = report.seconds[part]
+        if part in ("network", "decoding"):
+            return f"{TIMED[part]} at {report.computed / seconds:.0f} img/s"
+        return f"{TIMED[part]} at {human_bytes(report.bytes_written / seconds)}/s"
+
+    known = sorted((part for part in TIMED if report.seconds[part]), key=lambda part: -report.seconds[part])
+    more = "; try more --workers" if known[0] == "decoding" else ""
+    return f"The limit was {rate(known[0])}{more}. By themselves: {', '.join(rate(part) for part in known[1:])}."
 
 
 def log_path(path: Path) -> Path:

@@ -93,7 +93,7 @@ def finetune(
     options = replace(options, tuning=options.tuning or Tuning())
     device = pick_device(options.device)
     if options.tuning and options.tuning.precision:
-        resolve(options.tuning.precision, device)  # refuses what this device can't compute
+        resolve(options.tuning.precision, device.type)  # refuses what this device can't compute
     with at_hand(backbones) as names, together(device):
         say = say if is_main() else lambda line: None
         if extract:

@@ -172,7 +172,7 @@ def source_of(prepared: Prepared, head: Head, as_dtype: CacheDtype | None = None
         verify = training.options.verify
         return FeatureLoader(prepared.cache, head.levels, training.device, verify=verify, as_dtype=as_dtype)
     if tuning.precision:
-        resolve(tuning.precision, training.device)  # refuses what this device can't compute
+        resolve(tuning.precision, training.device.type)  # refuses what this device can't compute
     from featprobe.stages.training.live import LiveFeatures  # torchvision takes time, and stored features need none
 
     return LiveFeatures(

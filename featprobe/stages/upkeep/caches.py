@@ -33,7 +33,6 @@ from featprobe.errors import CacheError, FeatprobeError, counted
 from featprobe.io.disk import remove_leftovers
 from featprobe.kinds import loaded_kinds
 from featprobe.stages.extraction.run_log import doubt_of, log_path
-from featprobe.stages.extraction.settled import look_path
 from featprobe.stages.progress import BYTES, Progress
 from featprobe.stages.recording.kept_truth import truth_path
 from featprobe.stages.workspace import Workspace
@@ -243,6 +242,8 @@ def remove_caches(paths: Iterable[Path]) -> int:
 
 
 def _remove(path: Path) -> int:
+    from featprobe.stages.extraction.settled import look_path  # it takes the formats of data sets, which take time
+
     size = _with_beside(path)
     for beside in (look_path(path), pooled_path(path), truth_path(path), log_path(path)):
         if not beside.is_dir() or beside.is_symlink():  # a folder is not featprobe's

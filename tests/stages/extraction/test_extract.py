@@ -20,13 +20,14 @@ from helpers import (
 from numpy.typing import NDArray
 from PIL import Image
 
-import featprobe.stages.extraction.extract as stage
+import featprobe.stages.extraction.make_cache as stage
 from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.cache import MISSING, UNREADABLE, WHOLE, CacheWriter, open_cache
 from featprobe.cache.reader import FeatureLoader
 from featprobe.errors import BackboneError, CacheError, CacheIncompleteError, DataError, OverflowsDtypeError
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.extract import share_of
+from featprobe.stages.extraction.make_cache import share_of
+from featprobe.stages.extraction.run_log import speed_text
 from featprobe.stages.workspace import Workspace, make_generated
 
 SIZE = (32, 40)
@@ -380,9 +381,9 @@ def test_the_closing_line_names_the_limit_and_each_parts_own_rate(data, tmp_path
     wanted = (
         "The limit was decoding at 1 img/s; try more --workers. By themselves: the backbone at 4 img/s, the disk at "
     )
-    assert stage.speed_text(slow).splitlines()[1].startswith(wanted)
-    assert "copying to the host" in stage.speed_text(slow)
-    assert "copying" not in stage.speed_text(report)  # nothing is copied on a CPU
+    assert speed_text(slow).splitlines()[1].startswith(wanted)
+    assert "copying to the host" in speed_text(slow)
+    assert "copying" not in speed_text(report)  # nothing is copied on a CPU
 
 
 # Images that can't be used

@@ -13,7 +13,7 @@ from helpers import write_set
 from featprobe.cache import WHOLE, CacheWriter, open_cache
 from featprobe.errors import CacheError, CacheIncompleteError, FeatprobeError, ProbeError
 from featprobe.kinds import TrainRecipe
-from featprobe.stages.extraction import extract as extracting
+from featprobe.stages.extraction import make_cache as extracting
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.training.finetune import finetune

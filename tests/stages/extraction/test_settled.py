@@ -15,10 +15,11 @@ from PIL import Image
 
 from featprobe.cache import CacheWriter
 from featprobe.errors import DataError
-from featprobe.stages.extraction import extract as stage
+from featprobe.stages.extraction import make_cache as stage
 from featprobe.stages.extraction import settled as settled_module
-from featprobe.stages.extraction.extract import ExtractReport, extract, speed_text
+from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.run_log import ExtractReport, speed_text
 from featprobe.stages.extraction.settled import listing_of, look_path
 from featprobe.stages.upkeep.caches import remove_caches
 from featprobe.stages.workspace import Workspace
@@ -42,9 +43,9 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path, data: Path) -> Callable[..., ExtractReport]:
-    def call(root: Path = data, **changed: object) -> ExtractReport:
+    def call(root: Path = data, space: Workspace | None = None, **changed: object) -> ExtractReport:
         time.sleep(0.01)  # a tick of the file system's clock
-        space = Workspace(tmp_path / "workspace")
+        space = space or Workspace(tmp_path / "workspace")
         options = replace(OPTIONS, **changed)  # type: ignore[arg-type]
         return extract(space, space.backbone("embedded"), str(root), options)
 
@@ -157,6 +158,17 @@ def test_another_question_is_not_answered_by_it(run, other):
     assert run().by_times and run(**other).by_times
 
 
+def test_a_set_whose_links_may_lead_elsewhere_is_another_question(run, data, tmp_path):
+    """Without leave it is refused, whatever was answered with it."""
+    outside = tmp_path / "outside.png"
+    (data / "images" / "part01.png").rename(outside)
+    (data / "images" / "part01.png").symlink_to(outside)
+    with_leave = Workspace(tmp_path / "workspace", follow_links=True)
+    assert not run(space=with_leave).by_times and run(space=with_leave).by_times
+    with pytest.raises(DataError, match="follow-links"):
+        run()
+
+
 def test_auto_by_times_takes_the_cache_and_says_the_notes_that_a_full_look_does(run, data, monkeypatch):
     """On a device that chooses amp before fp32: what is there alone, then what is chosen first, then what is whole."""
 
@@ -238,12 +250,12 @@ def test_nothing_is_kept_where_an_image_cannot_be_read(run, data):
     assert not run(skip_bad=True).by_times
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 2}', "[" * 100_000, "\xff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"version": 3}', "[" * 100_000, "\xff"])
 def test_what_cannot_be_understood_is_ignored_and_made_anew(run, text):
     look = look_path(run().path)
     look.write_text(text, encoding="latin-1")
     assert not run().by_times
-    assert json.loads(look.read_text())["version"] == 1 and run().by_times
+    assert json.loads(look.read_text())["version"] == 2 and run().by_times
 
 
 def test_a_cache_that_is_damaged_or_gone_is_made_anew(run):

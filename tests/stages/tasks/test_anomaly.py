@@ -24,7 +24,7 @@ from featprobe.probes import load_head
 from featprobe.probes.saved import read_card
 from featprobe.scores import SCORES
 from featprobe.stages import predictor as stage
-from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.image_truth import defect_regions, truth_of
 from featprobe.stages.predict import predict
 from featprobe.stages.recording.record_file import read_records

@@ -19,8 +19,8 @@ from featprobe.features import Features
 from featprobe.probes import execution
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.crops import Augmentation
-from featprobe.stages.extraction.extract import extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.training.live import LiveFeatures, Views
 from featprobe.stages.training.probe_options import Tuning
 from featprobe.stages.workspace import Workspace, make_generated

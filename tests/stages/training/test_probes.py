@@ -56,7 +56,7 @@ from featprobe.probes import (
 from featprobe.probes.linear import EPSILON, MOMENTUM
 from featprobe.probes.train import batches_of, learning_rate, train
 from featprobe.specs import BackboneSpec, FeatureRecipe
-from featprobe.stages.extraction.extract import extract_with
+from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.extraction.run_log import extraction_seconds
 from featprobe.stages.training.forecast import rehearsed
 from featprobe.stages.training.probe import find_caches, probe
