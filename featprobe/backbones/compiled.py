@@ -25,7 +25,7 @@ class Compiled:
         compiled: Maps = torch.compile(self.function)
         try:
             found = compiled(model, images)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
             raise BackboneError(

@@ -312,8 +312,8 @@ class _Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own behind
             first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(first, torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(str(first)) from error
+            if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(first, torch.cuda.OutOfMemoryError):
+                raise torch.cuda.OutOfMemoryError(str(first)) from error
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
                 f"  found   {str(first).splitlines()[0]}\n"

@@ -50,7 +50,7 @@ def fitting(device: torch.device, kept: str) -> Iterator[None]:
         with failing(device, kept):
             yield
         return
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         found = str(error).splitlines()[0]
     # out here nothing holds the tensors that did fit any more
     free_memory()
@@ -67,7 +67,7 @@ def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
         try:
             step(count)
             return count
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             continue
     return 0
 
@@ -113,7 +113,7 @@ class Portions:
         while True:
             try:
                 return work(batches if self.images == self.whole else self._cut(batches))
-            except torch.OutOfMemoryError as error:
+            except torch.cuda.OutOfMemoryError as error:
                 found = str(error).splitlines()[0]
             # out here nothing holds the tensors of the batch that failed any more
             if self.images == 1 or count() > 1:

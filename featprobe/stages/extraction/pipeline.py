@@ -127,7 +127,7 @@ class Filler:
         try:
             with failing(self.device, f"{kept}  {self.job.command}"):
                 return self._fill(start, stop)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             found = str(error)
         # out here nothing holds the tensors of the block that failed any more
         size = min(size, stop - start)

@@ -98,7 +98,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         bytes_of=bytes_of(job.recipe, count),
         free_disk=free_disk(job.path.parent),
         memory=available_memory(),
-        gpu_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        gpu_memory=torch.cuda.mem_get_info(device.index)[0] if device.type == "cuda" else None,
         extract_seconds=live + count * copy,
         epoch_live=live,
         epoch_cached=count * copy,

@@ -174,7 +174,7 @@ def _train(prepared: Prepared, trials: Sequence[Trial], source: Source, rehearsa
     training = prepared.training
     try:
         return _trained(prepared, trials, source, checkpoint_of(prepared, index, rehearsal=rehearsal), index)
-    except torch.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
+    except torch.cuda.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
         found = str(error).splitlines()[0]
     images, half = -(-training.recipe.batch_size // training.parts), training.recipe.batch_size // 2
     advice = f"--accumulate {2 * training.parts}" if training.regime == "full" else f"--batch-size {half}"

@@ -106,7 +106,7 @@ def _rehearse(prepared: Prepared, trials: Sequence[Trial], source: Source, moved
 
     try:
         return parts * step(len(rows))
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         found = str(error).splitlines()[0]
     # out here, where nothing holds the tensors of the step that failed any more
     # several processes would wait for each other in steps that do not fit all of them
