@@ -21,6 +21,7 @@ from featprobe.errors import BackboneError, LacksError, nearest
 from featprobe.features import Features
 from featprobe.geometry import Size
 from featprobe.levels import FeatureLevel, choose_levels
+from featprobe.machine import is_of_device
 from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
 
@@ -144,6 +145,8 @@ class Backbone(nn.Module):
         except torch.cuda.OutOfMemoryError as error:
             raise _too_large(self.spec, f"an image of {frame[0]}x{frame[1]} pixels", self._mean.device, error) from None
         except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
+            if is_of_device(error):
+                raise
             raise _refused(self.spec, self.own, frame, error) from error
         self.model, self.frame, self.sized = built or model, frame, built is not None
 

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
+from featprobe.machine import is_of_device
 from featprobe.probes import execution
 from featprobe.probes.operations.adamw import AdamW
 from featprobe.probes.resumed import Wanted, check_state, restore_moments
@@ -314,6 +315,8 @@ class _Recorded:
             first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
             if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(first, torch.cuda.OutOfMemoryError):
                 raise torch.cuda.OutOfMemoryError(str(first)) from error
+            if is_of_device(first) and "captur" not in str(first):  # it would fail in a step that is not recorded too
+                raise first from None
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
                 f"  found   {str(first).splitlines()[0]}\n"

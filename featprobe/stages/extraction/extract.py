@@ -40,6 +40,7 @@ from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import log_run, tf32_doubt
 from featprobe.stages.extraction.same_network import check_same
 from featprobe.stages.extraction.settled import Asked, Settled, answers_to, ask, keep
+from featprobe.stages.memory import failing
 from featprobe.stages.workspace import AnySet, Workspace
 
 
@@ -102,6 +103,19 @@ def _extract(workspace: Workspace, spec: BackboneSpec, data: AnySet, options: Ex
         options = replace(options, quiet=True)  # one progress bar is enough
     begun = time.perf_counter()
     device = pick_device(options.device)
+    with failing(device, "Rows that were whole stay whole. Run the same command again."):
+        return _extract_on(device, workspace, spec, data, options, begun)
+
+
+def _extract_on(
+    device: torch.device,
+    workspace: Workspace,
+    spec: BackboneSpec,
+    data: AnySet,
+    options: ExtractOptions,
+    begun: float,
+) -> ExtractReport:
+    data_name = workspace.data_called(data)
     asked = None if isinstance(data, DataSet) else ask(workspace, spec, data_name, options, device.type)
     backbone = None
     for found in [] if options.rehash or asked is None else answers_to(asked):

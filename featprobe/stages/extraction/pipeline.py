@@ -138,9 +138,10 @@ class Filler:
         raise too_small(self.device, where, size, found, fits, f"this goes on{shards}:  {command}")
 
     def _try(self, images: int) -> None:
-        """Compute so many blank images, and forget them."""
+        """Compute so many blank images, and forget them; those before are still on their way to the host."""
         with torch.inference_mode():
-            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device), (0, images))
+            blank = torch.zeros(images, 3, *self.job.recipe.frame, device=self.device)
+            _ = [self._features(blank, (0, images)) for _ in range(2 if self.device.type == "cuda" else 1)]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
