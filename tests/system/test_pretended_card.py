@@ -17,6 +17,7 @@ from featprobe.cache import open_cache, reader, verify
 from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes.train import train
 from featprobe.specs import BackboneSpec
+from featprobe.stages.extraction import pipeline
 from featprobe.stages.extraction.extract import extract, extract_with
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.predict import predict
@@ -201,6 +202,27 @@ def test_a_card_writes_the_features_that_a_cpu_writes(
         assert all(isinstance(count, int) for count in verify(path))
         found.append(stored(path))
     assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("card")
+def test_little_memory_for_features_on_their_way_stops_no_extraction(
+    tmp_path: Path, spaces: dict[str, Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, slots = Workspace(tmp_path / "space"), list[int]()
+    own.root.mkdir()
+    own.data.symlink_to(spaces["whole"].data)
+    real = pipeline._WriteBehind.__init__
+
+    def counted(self: Any, writer: Any, job: Any, busy: Any, given: Any) -> None:
+        slots.append(len(given))
+        real(self, writer, job, busy, given)
+
+    monkeypatch.setattr(pipeline._WriteBehind, "__init__", counted)
+    for memory in (0, 2**40):
+        monkeypatch.setattr(pipeline, "available_memory", lambda memory=memory: memory)
+        how = ExtractOptions(quiet=True, device="cuda", batch_size=2, dtype="fp32" if memory else "fp16")
+        assert extract(own, SPEC, "xray", how).missing == 0
+    assert slots == [2, pipeline.BEHIND + pipeline.WRITERS + 1]
 
 
 @pytest.mark.usefixtures("card")
