@@ -315,11 +315,11 @@ class _Recorded:
             first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
             if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(first, torch.cuda.OutOfMemoryError):
                 raise torch.cuda.OutOfMemoryError(str(first)) from error
-            if is_of_device(first) and "captur" not in str(first):  # it would fail in a step that is not recorded too
-                raise first from None
+            if not isinstance(first, Exception) or (is_of_device(first) and "captur" not in str(first)):
+                raise first from None  # Ctrl-C, or what would end a step that is not recorded too
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
-                f"  found   {str(first).splitlines()[0]}\n"
+                f"  found   {(str(first).splitlines() or [type(first).__name__])[0]}\n"
                 "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded, and the\n"
                 "training takes longer. The result is the same but for rounding, and for samples that a head draws."
             ) from error

@@ -278,7 +278,10 @@ def test_a_predictor_goes_by_fewer_images_where_more_do_not_fit(
 
 
 @pytest.mark.usefixtures("pretend")
-@pytest.mark.parametrize(("text", "said"), [(NO_MEMORY, NO_MEMORY), (GONE, GONE), ("captures nothing", "RECORD=0")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(NO_MEMORY, NO_MEMORY), (GONE, GONE), ("CUDA error: captures nothing", "RECORD=0"), ("", "RECORD=0")],
+)
 def test_what_ends_a_recording_is_said_as_what_it_is(text: str, said: str) -> None:
     """A full memory and a dead device would end a step that is not recorded too."""
     kind = torch.cuda.OutOfMemoryError if text == NO_MEMORY else RuntimeError
