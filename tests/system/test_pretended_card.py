@@ -226,19 +226,21 @@ def test_little_memory_for_features_on_their_way_stops_no_extraction(
 
 
 @pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("task", ["semseg", "detect"])
-def test_a_backbone_is_trained_and_predicts_there(task: str, spaces: dict[str, Workspace], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("task", "precision"), [("semseg", None), ("detect", "tf32")])
+def test_a_backbone_is_trained_and_predicts_there(
+    task: str, precision: Literal["tf32"] | None, spaces: dict[str, Workspace], tmp_path: Path
+) -> None:
     own = Workspace(tmp_path / "space")
     own.root.mkdir()
     own.data.symlink_to(spaces["padded"].data)
-    extract(own, SPEC, "xray", ExtractOptions(quiet=True, device="cuda", **FRAMES["padded"]))
+    extract(own, SPEC, "xray", ExtractOptions(quiet=True, device="cuda", fit="letterbox", size=(32, 64)))
     (path,) = own.cache_files()
     assert open_cache(path).recipe.precision == "amp"
     head = "linear" if task == "semseg" else "fcos"
     recipe = TrainRecipe(iterations=2, batch_size=2, evaluations=1, clip=1.0)
-    options = options_of(task, head, recipe=recipe, tuning=Tuning(accumulate=2, ema=0.5))
+    options = options_of(task, head, recipe=recipe, tuning=Tuning(accumulate=2, ema=0.5, precision=precision))
     (row,) = finetune(own, task, ("xray",), (), options).rows
-    assert row["tuning"]["precision"] == "bf16"
+    assert row["tuning"]["precision"] == (precision or "bf16")
     cache = open_cache(path)
     images = [Path(cache.data.root) / cache.rows[i].image for i in cache.usable("test")[:2]]
     assert predict(own.probes / row["folder"], images, tmp_path / "out", device="cuda", quiet=True).images == 2
