@@ -1,10 +1,12 @@
 """What `gpu.py` holds its figures against, and the set of images that both are measured on."""
 
 import os
+import signal
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +105,8 @@ class Bench:
         try:
             if self.left() < need and not self.small:
                 raise TimeoutError(f"{self.left():.0f} s are left, and it needs {need:.0f}")
-            measure()
+            with ended_after(None if self.small else self.left()):
+                measure()
         except Exception as error:
             text = "".join(traceback.format_exception(error)) if not isinstance(error, TimeoutError) else str(error)
             print(f"{', '.join(names)}: not measured\n{text}", flush=True)
@@ -123,6 +126,22 @@ class Bench:
             self.sync()
             found.append(images / (time.perf_counter() - begun))
         return statistics.median(found)
+
+
+@contextmanager
+def ended_after(seconds: float | None) -> Iterator[None]:
+    """Raise TimeoutError in what takes longer; None for no end. For the main thread."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError("the time ended")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def disk_rate(folder: Path, megabytes: int) -> float:

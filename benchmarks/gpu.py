@@ -8,7 +8,8 @@ masks. Limits: the bare forward pass in the same precision and batches; Pillow's
 plain writes with fdatasync; copies to the device; a training loop by hand with its images in memory. Speeds of training
 are differences of two trainings of different length, so that what is done once takes no part. Every line is printed as
 soon as it is known. `ratio` is the least of figure over target; the targets are meant for an H100-class card. A line
-that the time did not reach counts as 0. `--small` shows on any machine that the script runs.
+that fails, or that the time did not reach, counts as 0; the others stand. `--small` shows on any machine that the
+script runs.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,29 @@ class Trainings:
 
 @dataclass
 class Limits:
-    """Images per second of what an extraction can't exceed."""
+    """Images per second of what an extraction can't exceed, measured when they are first asked for."""
 
-    forward: float
-    one_core: float
+    bench: Bench
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The network."""
+        return self.bench.network()
+
+    @cached_property
+    def forward(self) -> float:
+        """Of the network alone."""
+        precision = resolve("auto", self.bench.device.type)
+        found = bare_forward(self.bench, self.backbone, precision)
+        self.bench.note(f"bare forward, {precision}, batch 16", found, "images/s")
+        return found
+
+    @cached_property
+    def one_core(self) -> float:
+        """Of Pillow."""
+        found = one_core_decoding(self.bench)
+        self.bench.note("Pillow on one core", found, "images/s")
+        return found
 
     @property
     def decoding(self) -> float:
@@ -178,15 +198,11 @@ def measure(bench: Bench) -> None:
     jobs = [(bench.data, number, bench.side) for number in range(bench.count)]
     with ProcessPoolExecutor(usable_cores()) as pool:
         list(pool.map(picture, jobs, chunksize=8))
-    precision, backbone = resolve("auto", bench.device.type), bench.network()
-    limits = Limits(bare_forward(bench, backbone, precision), one_core_decoding(bench))
-    bench.note(f"bare forward, {precision}, batch 16", limits.forward, "images/s")
-    bench.note("Pillow on one core", limits.one_core, "images/s")
-    folder = bench.root / "workspace"
-    bench.part(lambda: extract_line(bench, backbone, folder, "extract, disk", limits), "extract, disk")
+    limits, folder = Limits(bench), bench.root / "workspace"
+    bench.part(lambda: extract_line(bench, folder, "extract, disk", limits), "extract, disk")
     memory = Path("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()) / f"gpu-benchmark-{os.getpid()}"
     try:
-        bench.part(lambda: extract_line(bench, backbone, memory, "extract, tmpfs", limits), "extract, tmpfs")
+        bench.part(lambda: extract_line(bench, memory, "extract, tmpfs", limits), "extract, tmpfs")
     finally:
         shutil.rmtree(memory, ignore_errors=True)
     bench.part(lambda: decoding_line(bench, limits), "decoding to the device")
@@ -210,9 +226,12 @@ def measure(bench: Bench) -> None:
     bench.part(lambda: finetune_line(bench, training), "finetune", need=25)
 
 
-def extract_line(bench: Bench, backbone: Backbone, folder: Path, work: str, limits: Limits) -> None:
+def extract_line(bench: Bench, folder: Path, work: str, limits: Limits) -> None:
     """All images to the disk, or half of them to memory, whose cache the caller removes."""
-    done, rate = extraction(bench, backbone, folder, bench.count if work == "extract, disk" else bench.count // 2)
+    least = min(limits.forward, limits.decoding)  # before, so that the network is warm
+    done, rate = extraction(
+        bench, limits.backbone, folder, bench.count if work == "extract, disk" else bench.count // 2
+    )
     written = disk_rate(folder, 64 if bench.small else 2048) / (done.bytes_written / done.computed)
     bench.note(f"plain writes, {work.split()[1]}", written, "images/s")
     alone = ", ".join(
@@ -221,7 +240,7 @@ def extract_line(bench: Bench, backbone: Backbone, folder: Path, work: str, limi
         if done.seconds[part]
     )
     print(f"             by themselves, images/s: {alone}; look {done.seconds['look']:.2f} s", flush=True)
-    bench.line(work, rate, "images/s", 0.9, min(limits.forward, limits.decoding, written))
+    bench.line(work, rate, "images/s", 0.9, min(least, written))
 
 
 def decoding_line(bench: Bench, limits: Limits) -> None:

@@ -50,6 +50,23 @@ def launched() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
+DEVICE_ERRORS = (
+    "CUDA error", "CUDA driver error", "HIP error", "NCCL error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS",
+    "CUSOLVER_STATUS", "cusolver error",
+)  # fmt: skip
+"""Words in what torch says of errors that come from a device. It says "CUDA out of memory" of its own memory there."""
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Whether an error comes from a device that computes, not from what it computed.
+
+    >>> [is_of_device(RuntimeError(text)) for text in ("CUDA error: unspecified launch failure", "shapes differ")]
+    [True, False]
+    """
+    named = type(error).__name__ == "AcceleratorError"  # of torch from 2.8 on
+    return isinstance(error, RuntimeError) and (named or any(words in str(error) for words in DEVICE_ERRORS))
+
+
 def available_memory(group: Path = CONTROL_GROUPS) -> int:
     """Bytes of main memory that this process can use without swapping, the page cache counted as free.
 

@@ -37,10 +37,12 @@ def pick_device(name: str | None) -> torch.device:
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = name or next(own for own in DEVICES if present[own])
     check_device(kind)
-    if not present[kind.split(":")[0]]:
+    family, _, number = kind.partition(":")
+    if not present[family] or (family == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        gpus = [f"cuda:{i}" for i in range(1, torch.cuda.device_count())] if present["cuda"] else []
         raise BackboneError(
             f"There is no device {kind!r} here.\n"
-            f"  wanted  one of {', '.join(k for k, here in present.items() if here)}\n"
+            f"  wanted  one of {', '.join([*(k for k, here in present.items() if here), *gpus])}\n"
             "Omit --device to use the best available device."
         )
     if kind == "cuda" and "LOCAL_RANK" in os.environ:

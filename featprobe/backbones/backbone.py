@@ -21,6 +21,7 @@ from featprobe.errors import BackboneError, LacksError, nearest
 from featprobe.features import Features
 from featprobe.geometry import Size
 from featprobe.levels import FeatureLevel, choose_levels
+from featprobe.machine import is_of_device
 from featprobe.processes import check_norms, count
 from featprobe.specs import BackboneSpec
 
@@ -141,9 +142,11 @@ class Backbone(nn.Module):
             if built is not None and self.learns:
                 raise BackboneError("it is in training on another size")
             self._try(built or model, frame)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             raise _too_large(self.spec, f"an image of {frame[0]}x{frame[1]} pixels", self._mean.device, error) from None
         except Exception as error:  # timm refuses a size in many ways; the cause is kept for --debug
+            if is_of_device(error):
+                raise
             raise _refused(self.spec, self.own, frame, error) from error
         self.model, self.frame, self.sized = built or model, frame, built is not None
 
@@ -259,7 +262,7 @@ def load_backbone(spec: BackboneSpec, level_names: Sequence[str] = (), device: t
     backbone = Backbone(model, spec, level_names, own).eval()
     try:
         backbone.to(device)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         raise _too_large(spec, "its weights", device, error) from None
     backbone.requires_grad_(False)
     return backbone.to(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from featprobe.backbones.models import first_line
 from featprobe.errors import BackboneError
+from featprobe.machine import is_of_device
 
 Maps = Callable[[nn.Module, Tensor], list[Tensor]]
 
@@ -25,9 +26,11 @@ class Compiled:
         compiled: Maps = torch.compile(self.function)
         try:
             found = compiled(model, images)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # a compiler that is not there, or that gives up, raises many kinds
+            if is_of_device(error):
+                raise
             raise BackboneError(
                 f"torch can't compile {self.name} here. Nothing was trained.\n"
                 f"  wanted  what torch.compile needs: a C++ compiler, and Triton for CUDA\n"

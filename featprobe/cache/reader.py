@@ -137,7 +137,7 @@ class FeatureLoader:
         try:
             self.held.append(self._moved(rows))
             return True
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             pass
         free_memory()  # out here nothing refers any more to the maps that did fit
         return False
@@ -346,7 +346,7 @@ def device_room(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + cached
+    return torch.cuda.mem_get_info(device.index)[0] + cached
 
 
 def free_memory() -> None:

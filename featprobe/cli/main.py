@@ -75,6 +75,7 @@ class _Cli(InOrder):
                     echo(f"{line}featprobe: {stopping.farewell(ctx.invoked_subcommand or '')}", err=True)
                 ctx.exit(stopping.CODE)
             said = str(error) if isinstance(error, FeatprobeError) else _refusal(error)
+            said = said or _of_device(error, ctx.invoked_subcommand or "")
             if ctx.params.get("debug") or not said:
                 raise
             echo(f"featprobe{'' if rank == '0' else f', process {rank}'}: {said}", err=True)
@@ -101,6 +102,16 @@ def _refusal(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return "No more threads can be started here. Allow more processes or memory (ulimit), or use fewer --workers."
     return ""
+
+
+def _of_device(error: BaseException, command: str) -> str:
+    """The message for a device that fails, or whose memory is full, where no stage has one; "" for other errors."""
+    if "torch" not in sys.modules:
+        return ""
+    from featprobe.stages.memory import said_of  # loads torch
+
+    said = said_of(error)
+    return f"{said}\n{stopping.KEPT.get(command, stopping.NOT_HALF)}" if said else ""
 
 
 def _check_folder() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import cast
 
 import torch
@@ -59,10 +59,11 @@ class Grid:
     borders: Tensor
 
 
-@lru_cache(maxsize=16)
+@cache
 def grid_of(strides: tuple[int, ...], frame: tuple[int, int], device: torch.device) -> Grid:
-    """The cells of these strides in a frame of (height, width) pixels."""
-    with torch.inference_mode(mode=False):  # it is kept, for training too
+    """The cells of these strides in a frame of (height, width) pixels. They are kept: a recorded step must find its
+    inputs in place."""
+    with torch.inference_mode(mode=False):  # for training too
         sizes = [(-(-frame[1] // s), -(-frame[0] // s)) for s in strides]
         centres = []
         for stride, (columns, rows) in zip(strides, sizes, strict=True):

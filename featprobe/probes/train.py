@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from featprobe.errors import DivergedError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
+from featprobe.machine import is_of_device
 from featprobe.probes import execution
 from featprobe.probes.operations.adamw import AdamW
 from featprobe.probes.resumed import Wanted, check_state, restore_moments
@@ -312,11 +313,13 @@ class _Recorded:
         except RuntimeError as error:
             torch.cuda.set_stream(before)  # a recording that fails at its end leaves its own behind
             first = error if error.__context__ is None else error.__context__  # what ended the step ends the recording
-            if isinstance(error, torch.OutOfMemoryError) or isinstance(first, torch.OutOfMemoryError):
-                raise torch.OutOfMemoryError(str(first)) from error
+            if isinstance(error, torch.cuda.OutOfMemoryError) or isinstance(first, torch.cuda.OutOfMemoryError):
+                raise torch.cuda.OutOfMemoryError(str(first)) from error
+            if not isinstance(first, Exception) or (is_of_device(first) and "captur" not in str(first)):
+                raise first from None  # Ctrl-C, or what would end a step that is not recorded too
             raise ProbeError(
                 f"{self.device} could not record a training step to replay it.\n"
-                f"  found   {str(first).splitlines()[0]}\n"
+                f"  found   {(str(first).splitlines() or [type(first).__name__])[0]}\n"
                 "Run again with FEATPROBE_RECORD=0 in the environment: then no step is recorded, and the\n"
                 "training takes longer. The result is the same but for rounding, and for samples that a head draws."
             ) from error

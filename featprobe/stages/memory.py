@@ -10,33 +10,59 @@ import torch
 from featprobe.cache.reader import free_memory
 from featprobe.errors import BackboneError, ProbeError, counted
 from featprobe.features import Features
+from featprobe.machine import is_of_device
 from featprobe.processes import count
 from featprobe.specs import Rows
 
-DEVICE_ERRORS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "CUDNN_STATUS")  # in what torch says of them
+FULL = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+"""What libraries say where the memory of a device is too small for theirs."""
 Batches = Callable[[Iterable[Rows]], Iterator[tuple[Rows, Features]]]
 T = TypeVar("T")
 
 
-def device_failure(error: RuntimeError, device: torch.device) -> str:
+def device_failure(error: RuntimeError, device: object) -> str:
     """The report of an error that comes from a device, not from what it computed; "" for any other error."""
     text = str(error)
-    if not any(words in text for words in DEVICE_ERRORS):
+    if not is_of_device(error):
         return ""
     if "CUDA error: out of memory" in text:  # torch's own memory of the device says "CUDA out of memory"
         return (
             f"Memory could not be allocated: most likely the machine's page-locked memory, through which batches go to "
-            f"{device}.\n  found   {text.splitlines()[0].strip()}\n"
+            f"the device {device}.\n  found   {text.splitlines()[0].strip()}\n"
             "Take a smaller --batch-size, or end other work on this machine."
         )
     return f"The device {device} failed and can't be used by this process any more: {text.splitlines()[0].strip()}"
+
+
+def said_of(error: BaseException) -> str:
+    """The report of an error of any device, where no stage reports it; "" for an error that is of none."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return (
+            f"The memory of the device is too small.\n  found   {str(error).splitlines()[0]}\n"
+            "Take a smaller --size, fewer --levels, a smaller --batch-size, or --device cpu."
+        )
+    return device_failure(error, "that computes") if isinstance(error, RuntimeError) else ""
+
+
+@contextmanager
+def filled() -> Iterator[None]:
+    """Turn what a library says of a full memory of the device into what torch says of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in FULL):
+            raise torch.cuda.OutOfMemoryError(str(error)) from error
+        raise
 
 
 @contextmanager
 def failing(device: torch.device, kept: str) -> Iterator[None]:
     """Turn the error of a device that failed into a BackboneError. kept: what is there still, and how to go on."""
     try:
-        yield
+        with filled():
+            yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         if failure := device_failure(error, device):
             raise BackboneError(f"{failure}\n{kept}") from error
@@ -50,7 +76,7 @@ def fitting(device: torch.device, kept: str) -> Iterator[None]:
         with failing(device, kept):
             yield
         return
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         found = str(error).splitlines()[0]
     # out here nothing holds the tensors that did fit any more
     free_memory()
@@ -65,9 +91,10 @@ def largest_that_fits(count: int, step: Callable[[int], object]) -> int:
     while count := count // 2:
         free_memory()
         try:
-            step(count)
+            with filled():
+                step(count)
             return count
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             continue
     return 0
 
@@ -112,8 +139,9 @@ class Portions:
         """The result of `work` on the batches; raises ProbeError if no image fits, or if several processes share."""
         while True:
             try:
-                return work(batches if self.images == self.whole else self._cut(batches))
-            except torch.OutOfMemoryError as error:
+                with filled():
+                    return work(batches if self.images == self.whole else self._cut(batches))
+            except torch.cuda.OutOfMemoryError as error:
                 found = str(error).splitlines()[0]
             # out here nothing holds the tensors of the batch that failed any more
             if self.images == 1 or count() > 1:

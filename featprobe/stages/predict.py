@@ -291,7 +291,7 @@ def _trouble(predictor: Predictor, batch: Sequence[tuple[Path, str]]) -> Iterato
         with failing(predictor.device, "What was written stays. Run the same command again."):
             yield
         return
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         found = str(error)
     # out here nothing holds the tensors of the batch that failed any more
     fits = largest_that_fits(len(batch), lambda images: predictor.predict(batch[:images]))

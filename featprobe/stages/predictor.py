@@ -34,6 +34,7 @@ from featprobe.scores import SCORES
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.findings import Box, Judged, Threshold
+from featprobe.stages.memory import failing, too_small
 from featprobe.stages.outputs import OUTPUTS, Batches, Output, Piece, Predicted
 from featprobe.stages.recording.operating_file import OPERATING, read_point
 from featprobe.targets import Rle, decode_rle
@@ -150,7 +151,8 @@ class Predictor:
         """What is found in images: raw levels as they come from a camera, or paths of files and pages.
 
         An array is (height, width) or (height, width, 3) in RGB order, uint8, uint16 or float32, as deep as the images
-        that the head was trained on. Raises DataError for an image that does not fit; then there are no results.
+        that the head was trained on. Raises DataError for an image that does not fit, and BackboneError where the
+        device fails or does not hold one image; then there are no results.
         """
         if isinstance(images, (str, Path, np.ndarray)):
             raise DataError("A predictor takes a list of images. Give it [image], also for one.")
@@ -163,7 +165,7 @@ class Predictor:
             with self._lock:
                 if self._closed:
                     raise ProbeError("This predictor was closed. Make a new one.")
-                output, found = self.output, self._find(read)  # another thread may close it afterwards
+                output, found = self.output, _found_in(self, read)  # another thread may close it afterwards
             each = 1000 * (perf_counter() - began) / len(some)
             results += [_result(own, judged, output, each) for own, judged in found]
         return results
@@ -292,6 +294,21 @@ class Predictor:
         contents = torch.tensor([placement.content for placement in placements], dtype=torch.int32)
         whole = bool((contents == torch.tensor(recipe.frame)).all())
         return Features(as_read(stored, recipe.dtype), recipe.frame, None if whole else contents.to(self.device))
+
+
+def _found_in(predictor: Predictor, read: Sequence[Levels]) -> list[tuple[Any, Judged]]:
+    """What is found in images, in halves where the memory of the device does not hold all of them."""
+    try:
+        with failing(predictor.device, "There are no results. Another process may use it again."):
+            return predictor._find(read)
+    except torch.cuda.OutOfMemoryError as error:
+        said = str(error)
+    # out here nothing holds the tensors of the images any more
+    free_memory()
+    if len(read) == 1:
+        raise too_small(predictor.device, f"under {predictor.recipe.label}", 1, said, 0, "")
+    half = len(read) // 2
+    return [*_found_in(predictor, read[:half]), *_found_in(predictor, read[half:])]
 
 
 def _result(found: Any, judged: Judged, output: Output[Any], milliseconds: float) -> Result:

@@ -589,6 +589,9 @@ def test_a_device_that_is_not_here_is_refused_with_those_that_are(name: str) -> 
 
 def test_ranks_of_torchrun_take_the_gpu_of_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device(None) == torch.device("cuda:3")
     assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(BackboneError, match=r"no device 'cuda:4' here\.\n  wanted  one of cuda, cpu, cuda:1, cuda:2"):
+        pick_device("cuda:4")

@@ -1,5 +1,7 @@
 """A device whose memory is too small says what fits, one that is gone says so; nothing is lost, the command goes on."""
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import CPU, PoolingBackbone, extract, opened, options, stored, training_of, write_set
+from pretend_card import pretended
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.cli.main import cli
 from featprobe.errors import BackboneError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
+from featprobe.probes.train import WARM_UP, _Recorded
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.make_cache import extract_with
+from featprobe.stages.extraction.plan import plan
 from featprobe.stages.memory import Portions, largest_that_fits, with_batch_size
 from featprobe.stages.predict import predict
+from featprobe.stages.predictor import Predictor
 from featprobe.stages.training import fit, run
 from featprobe.stages.training.probe import probe
 from featprobe.stages.training.probe_options import ProbeOptions
@@ -207,3 +213,91 @@ def test_halves_are_tried_until_one_fits() -> None:
 
     assert [largest_that_fits(n, step) for n in (1, 2, 11, 12, 64)] == [0, 1, 5, 3, 4]
     assert with_batch_size("featprobe extract --data 'a b' --batch-size 16", 4).endswith("--data 'a b' --batch-size 4")
+
+
+@pytest.mark.parametrize("text", [NO_MEMORY, GONE])
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("extract --backbone embedded --data SPACE/parts", "featprobe.stages.extraction.make_cache.load_backbone"),
+        ("plan --backbone embedded --data SPACE/parts", "featprobe.stages.extraction.plan.load_backbone"),
+        ("probe --seeds 1 --quiet", "featprobe.stages.training.probe.build_head"),
+        ("finetune --task semseg --quiet", "featprobe.stages.training.prepared._backbone"),
+        ("predict SPACE SPACE/parts --out SPACE/out", "featprobe.stages.predict.Predictor"),
+        ("try SPACE/parts --yes", "featprobe.stages.try_out.plan"),
+    ],
+)
+def test_trouble_of_a_device_anywhere_in_a_command_is_one_paragraph(
+    words: str, place: str, text: str, space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        raise (torch.cuda.OutOfMemoryError if text == NO_MEMORY else RuntimeError)(text)
+
+    monkeypatch.setattr(place, failing)
+    given = words.replace("SPACE", str(space.root)).split()
+    result = CliRunner().invoke(cli, ["--workspace", str(space.root), *given])
+    assert result.exit_code == 1 and "Traceback" not in result.output
+    said = result.stderr.strip().split("featprobe: ", 1)[1]
+    assert ("is too small" if text == NO_MEMORY else "can't be used by this process any more") in said
+    assert "\n\n" not in said and "More of it" not in said and "asynchronously" not in said
+    assert "command" in said  # which goes on, or is to be run again
+
+
+def test_a_plan_names_the_batch_that_fits(space: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featprobe.stages.extraction.plan.load_backbone", lambda *_: Small(3))
+    with pytest.raises(BackboneError, match="does not hold 8 images at once") as caught:
+        plan(space, SPEC, str(space.root / "parts"), options(batch_size=8))
+    assert is_one_paragraph(caught.value) and str(caught.value).endswith("the same command with --batch-size 2")
+
+
+def test_a_library_that_finds_the_memory_full_is_taken_for_that(tmp_path: Path) -> None:
+    class Full(Small):
+        def __call__(self, images: torch.Tensor, content: torch.Tensor | None = None) -> Features:
+            if len(images) > self.holds:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+            return super().__call__(images, content)
+
+    with pytest.raises(BackboneError, match="2 at once fit"):
+        extract(tmp_path, write_set(tmp_path / "parts", 8), Full(3), batch_size=8)
+
+
+def test_a_predictor_goes_by_fewer_images_where_more_do_not_fit(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,) = probe(space, options=QUICK).rows
+    small, images = Small(3), sorted((space.root / "parts" / "images").iterdir())[:8]
+    monkeypatch.setattr("featprobe.stages.predictor.backbone_of", lambda *asked: small)
+    with Predictor(space.probes / row["folder"], device="cpu") as predictor:
+        assert len(predictor(images)) == 8
+        small.holds = 0
+        with pytest.raises(BackboneError, match="Not even one image fits"):
+            predictor(images)
+        small.holds, small.left = 3, 0
+        with pytest.raises(BackboneError, match=r"device cpu failed.*\nThere are no results"):
+            predictor(images[:2])
+
+
+@pytest.mark.usefixtures("pretend")
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(NO_MEMORY, NO_MEMORY), (GONE, GONE), ("CUDA error: captures nothing", "RECORD=0"), ("", "RECORD=0")],
+)
+def test_what_ends_a_recording_is_said_as_what_it_is(text: str, said: str) -> None:
+    """A full memory and a dead device would end a step that is not recorded too."""
+    kind = torch.cuda.OutOfMemoryError if text == NO_MEMORY else RuntimeError
+
+    def step(features: Features | None) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise kind(text)
+
+    recorded = _Recorded(step, torch.device("cuda"))
+    with pytest.raises(ProbeError if said == "RECORD=0" else kind, match=re.escape(said.splitlines()[0])):
+        for _ in range(WARM_UP + 1):
+            recorded(None)
+
+
+@pytest.fixture
+def pretend() -> Iterator[None]:
+    """There is a card."""
+    with pretended():
+        yield

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from io import BytesIO
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def test_lines_of_the_gpu_path_that_fail_or_have_no_time_count_as_0_and_the_rest
     bench.part(lambda: bench.line("c", 3.0, "s", 2.0), "c")
     bench.part(lambda: bench.line("d", 3.0, "s", 2.0), "d", need=100.0)
     assert {line["work"]: line["ratio"] for line in bench.lines} == {"a": 0, "b": 0, "c": 1.5, "d": 0}
+    short = Little(tmp_path / "a", torch.device("cpu"), "embedded", small=False, seconds=0.2)
+    short.part(lambda: time.sleep(60), "e", need=0.0)
+    assert [line["ratio"] for line in short.lines] == [0] and short.left() > -30
     late = Little(tmp_path / "b", torch.device("cpu"), "embedded", small=False, seconds=0.0)
     measure(late)
     assert len(late.lines) >= 16 and not any(line["ratio"] for line in late.lines)

@@ -38,6 +38,7 @@ from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import ExtractReport, log_run, tf32_doubt
 from featprobe.stages.extraction.same_network import check_same
 from featprobe.stages.extraction.settled import Asked, answers_to, keep, keep_weights, nothing_to_do, open_whole
+from featprobe.stages.memory import failing
 from featprobe.stages.workspace import AnySet, Workspace
 
 
@@ -54,6 +55,19 @@ def make(
     options: with what featprobe.toml says. begun: on `time.perf_counter`.
     """
     device = pick_device(options.device)
+    with failing(device, "Rows that were whole stay whole. Run the same command again."):
+        return _make_on(device, workspace, spec, data, options, asked, begun)
+
+
+def _make_on(
+    device: torch.device,
+    workspace: Workspace,
+    spec: BackboneSpec,
+    data: AnySet,
+    options: ExtractOptions,
+    asked: Asked | None,
+    begun: float,
+) -> ExtractReport:
     if asked and not takes_named_file(spec):
         asked = replace(asked, weights_listing="")
     backbone = None

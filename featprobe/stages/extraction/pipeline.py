@@ -24,7 +24,7 @@ from featprobe.datasets.images.pixels import DTYPE_OF, Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.features import Features, pool
-from featprobe.machine import usable_cores
+from featprobe.machine import available_memory, usable_cores
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
@@ -43,6 +43,7 @@ FINITE = "finite"  # beside the levels of a slot
 AHEAD = 3  # blocks that are decoded before they are needed
 IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
+LOCKED_SHARE = 0.2  # of the available memory, for features that come from a CUDA device
 WRITERS = min(4, max(2, usable_cores() // 4))  # threads: one takes checksums while another writes
 Block = tuple[int, int]
 
@@ -127,7 +128,7 @@ class Filler:
         try:
             with failing(self.device, f"{kept}  {self.job.command}"):
                 return self._fill(start, stop)
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             found = str(error)
         # out here nothing holds the tensors of the block that failed any more
         size = min(size, stop - start)
@@ -138,9 +139,10 @@ class Filler:
         raise too_small(self.device, where, size, found, fits, f"this goes on{shards}:  {command}")
 
     def _try(self, images: int) -> None:
-        """Compute so many blank images, and forget them."""
+        """Compute so many blank images, and forget them; those before are still on their way to the host."""
         with torch.inference_mode():
-            self._features(torch.zeros(images, 3, *self.job.recipe.frame, device=self.device), (0, images))
+            blank = torch.zeros(images, 3, *self.job.recipe.frame, device=self.device)
+            _ = [self._features(blank, (0, images)) for _ in range(2 if self.device.type == "cuda" else 1)]
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
@@ -169,15 +171,19 @@ class Filler:
                 behind.stop()
 
     def _slots(self, blocks: Sequence[Block]) -> list[dict[str, torch.Tensor]]:
-        """Page-locked memory for the features of as many blocks as may be on their way from a CUDA device."""
+        """Page-locked memory for the features of as many blocks as may be on their way from a CUDA device.
+
+        Of large images there may be fewer: no other program can use what is locked, and torch rounds it up.
+        """
         if self._downloads is None or not blocks:
             return []
         rows = max(b - a for a, b in blocks)
+        fit = int(LOCKED_SHARE * available_memory()) // (rows * self.job.recipe.row_bytes)
         tables = [table for own in row_tables(self.job.recipe).values() for table in own]
         return [
             {t.key: torch.empty((rows, *t.shape), dtype=TABLE_DTYPE[t.dtype], pin_memory=True) for t in tables}
             | {FINITE: torch.empty(rows, dtype=torch.bool, pin_memory=True)}
-            for _ in range(min(len(blocks), BEHIND + WRITERS + 1))
+            for _ in range(min(len(blocks), BEHIND + WRITERS + 1, max(2, fit)))
         ]
 
     def _decoded(self, blocks: Sequence[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, ImageBuffer]]:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from featprobe.backbones.backbone import load_backbone
+from featprobe.backbones.backbone import Backbone, load_backbone
 from featprobe.backbones.precision import computing
 from featprobe.cache.quantised import decode
 from featprobe.datasets.images.reading import read_levels
@@ -16,7 +17,8 @@ from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec, CacheDtype, FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
 from featprobe.stages.extraction.frames import Framing
-from featprobe.stages.extraction.job import prepare, read_set
+from featprobe.stages.extraction.job import Job, prepare, read_set
+from featprobe.stages.memory import failing, largest_that_fits, too_small
 from featprobe.stages.workspace import Workspace
 
 TIMED_BATCHES = 3
@@ -82,8 +84,7 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
     shown = [job.rows[i].show(read_levels(job.images[i])) for i in readable]
     batch = Framing(job.recipe, device).together(shown, [job.rows[i].placement for i in readable])
     decoding = (time.perf_counter() - begun) / len(readable)
-    with computing(job.recipe.precision, device):
-        compute = _median_seconds(lambda: backbone(batch), device) / len(readable)
+    compute = _compute_seconds(job, backbone, batch, device) / len(readable)
     copy = _median_seconds(_reading(job.recipe, len(readable)), torch.device("cpu")) / len(readable)
     count = len(job.rows)
     live = count * max(compute, decoding / max(1, options.workers))
@@ -98,12 +99,30 @@ def plan(workspace: Workspace, spec: BackboneSpec, data_name: str, options: Extr
         bytes_of=bytes_of(job.recipe, count),
         free_disk=free_disk(job.path.parent),
         memory=available_memory(),
-        gpu_memory=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        gpu_memory=torch.cuda.mem_get_info(device.index)[0] if device.type == "cuda" else None,
         extract_seconds=live + count * copy,
         epoch_live=live,
         epoch_cached=count * copy,
         device=str(device),
     )
+
+
+def _compute_seconds(job: Job, backbone: Backbone, batch: Tensor, device: torch.device) -> float:
+    """Seconds of a batch; raises BackboneError where the memory does not hold it, with the size that it holds."""
+
+    def seconds(images: int) -> float:
+        with computing(job.recipe.precision, device):
+            return _median_seconds(lambda: backbone(batch[:images]), device)
+
+    try:
+        with failing(device, "Nothing was written. Run the same command again."):
+            return seconds(len(batch))
+    except torch.cuda.OutOfMemoryError as error:
+        found = str(error)
+    # out here nothing holds the tensors of the batch that failed any more
+    fits = largest_that_fits(len(batch), seconds)
+    where = f"under {job.recipe.label}, at {job.recipe.frame[0]}x{job.recipe.frame[1]} pixels"
+    raise too_small(device, where, len(batch), found, fits, f"run the same command with --batch-size {fits}")
 
 
 def bytes_of(recipe: FeatureRecipe, rows: int) -> dict[str, int]:

@@ -209,7 +209,7 @@ class Segmentation:
         """
         try:
             return self._counted_whole(heads, feed, rows, watch)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             self._truths.give_up()
             raise
 

@@ -15,6 +15,7 @@ from featprobe.probes.saved import Checkpoint
 from featprobe.probes.train import train
 from featprobe.processes import from_main
 from featprobe.specs import digest
+from featprobe.stages.memory import filled
 from featprobe.stages.progress import Progress
 from featprobe.stages.tasks.task import Solution, Source
 from featprobe.stages.training.forecast import Forecast, forecast_text, foresee
@@ -173,8 +174,9 @@ def _train(prepared: Prepared, trials: Sequence[Trial], source: Source, rehearsa
     """Train heads over the same features; raises ProbeError where the memory is too small. index: of the first head."""
     training = prepared.training
     try:
-        return _trained(prepared, trials, source, checkpoint_of(prepared, index, rehearsal=rehearsal), index)
-    except torch.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
+        with filled():
+            return _trained(prepared, trials, source, checkpoint_of(prepared, index, rehearsal=rehearsal), index)
+    except torch.cuda.OutOfMemoryError as error:  # of a batch that holds more than those of the forecast
         found = str(error).splitlines()[0]
     images, half = -(-training.recipe.batch_size // training.parts), training.recipe.batch_size // 2
     advice = f"--accumulate {2 * training.parts}" if training.regime == "full" else f"--batch-size {half}"

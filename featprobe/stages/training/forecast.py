@@ -12,7 +12,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.machine import minutes_text
 from featprobe.probes.train import Tuned, evaluation_points, seconds_per_step
 from featprobe.processes import count, own_part
-from featprobe.stages.memory import largest_that_fits
+from featprobe.stages.memory import filled, largest_that_fits
 from featprobe.stages.row_images import images_of, rows_showing
 from featprobe.stages.tasks.task import Source, scored_here
 from featprobe.stages.training.prepared import Prepared, Trial, placed, tuned
@@ -105,8 +105,9 @@ def _rehearse(prepared: Prepared, trials: Sequence[Trial], source: Source, moved
         )
 
     try:
-        return parts * step(len(rows))
-    except torch.OutOfMemoryError as error:
+        with filled():
+            return parts * step(len(rows))
+    except torch.cuda.OutOfMemoryError as error:
         found = str(error).splitlines()[0]
     # out here, where nothing holds the tensors of the step that failed any more
     # several processes would wait for each other in steps that do not fit all of them

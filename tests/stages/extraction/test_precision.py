@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,41 @@ def test_tf32_is_allowed_only_where_it_is_asked_for_and_then_as_it_was(before: b
             assert (matmul.allow_tf32, cudnn.allow_tf32) == (before, before)
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = usual
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one setting for TF32")
+def test_tf32_is_what_is_asked_for_beside_the_settings_of_new_versions_of_torch() -> None:
+    """Beside these torch does not say what the old settings are, and what those forbid a general one allows."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", NEW_SETTINGS], check=True)
+
+
+NEW_SETTINGS = """
+import torch
+from featprobe.backbones.precision import computing
+matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+kinds = [matmul, cudnn.conv, cudnn.rnn]
+allowed = lambda: [kind.fp32_precision == "tf32" for kind in kinds]
+for own in (torch.backends, matmul, cudnn.conv):
+    for value in ("tf32", "ieee"):
+        own.fp32_precision = value
+        before = allowed()
+        for precision in ("fp32", "tf32", "amp"):
+            with computing(precision, torch.device("cuda")):
+                assert allowed() == [precision != "fp32"] * 3, (own, value, precision)
+            assert allowed() == before and own.fp32_precision == value, (own, value, precision)
+"""
+
+
+def test_threads_that_compute_in_float32_never_get_tf32_from_others() -> None:
+    cudnn = torch.backends.cudnn
+    before, first, second = cudnn.allow_tf32, computing("fp32", CUDA), computing("tf32", CUDA)
+    first.__enter__()
+    second.__enter__()  # as another thread does, whose context ends later
+    assert not cudnn.allow_tf32
+    first.__exit__(None, None, None)
+    assert cudnn.allow_tf32
+    second.__exit__(None, None, None)
+    assert cudnn.allow_tf32 == before
 
 
 def test_only_bf16_leaves_float32_on_a_cpu() -> None:
