@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from featprobe.backbones.given import at_hand
+from featprobe.backbones.precision import resolve
 from featprobe.datasets import DataSet
 from featprobe.machine import lacks_accelerator, launched
 from featprobe.specs import BackboneSpec
@@ -42,10 +43,11 @@ def _extract(workspace: Workspace, spec: BackboneSpec, data: AnySet, options: Ex
     options = configured(options, workspace.data_options(data_name))
     if launched()[0]:
         options = replace(options, quiet=True)  # one progress bar is enough
-    begun, asked = time.perf_counter(), None
+    begun, asked, device = time.perf_counter(), None, _device(options.device)
+    kind = device.partition(":")[0]
+    resolve(options.precision, kind)  # what the device can't compute is refused before anything is read
     if not isinstance(data, DataSet):
-        device = _device(options.device)
-        asked = ask(workspace, spec, data_name, options, device.partition(":")[0])
+        asked = ask(workspace, spec, data_name, options, kind)
         if not options.rehash and (report := without_a_network(asked, options.precision, device, begun)):
             return report
     from featprobe.stages.extraction.make_cache import make  # torch and timm take seconds

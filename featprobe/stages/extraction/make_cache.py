@@ -37,7 +37,15 @@ from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance
 from featprobe.stages.extraction.pipeline import Filler, runs
 from featprobe.stages.extraction.run_log import ExtractReport, log_run, tf32_doubt
 from featprobe.stages.extraction.same_network import check_same
-from featprobe.stages.extraction.settled import Asked, answers_to, keep, keep_weights, nothing_to_do, open_whole
+from featprobe.stages.extraction.settled import (
+    Asked,
+    answers_to,
+    keep,
+    keep_weights,
+    listing_of,
+    nothing_to_do,
+    open_whole,
+)
 from featprobe.stages.memory import failing
 from featprobe.stages.workspace import AnySet, Workspace
 
@@ -80,6 +88,8 @@ def _make_on(
                     check_same(cache, backbone, device)
                     keep_weights(asked, found)
                     return nothing_to_do(found, cache, notes, str(device), begun)
+    if asked and not asked.listing:  # files that were made just before are older after torch is loaded
+        asked = replace(asked, listing=listing_of(asked.places))
     data = data if isinstance(data, DataSet) else read_set(workspace, workspace.data_called(data), options)
     backbone = backbone or load_backbone(spec, options.levels, device)
     return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from featprobe.cache import CacheWriter
 from featprobe.errors import DataError
+from featprobe.stages.extraction import extract as extract_module
 from featprobe.stages.extraction import make_cache as stage
 from featprobe.stages.extraction import settled as settled_module
 from featprobe.stages.extraction.extract import extract
@@ -177,7 +178,7 @@ def test_auto_by_times_takes_the_cache_and_says_the_notes_that_a_full_look_does(
 
     (data / "masks" / "alone.png").write_bytes((data / "masks" / "part01.png").read_bytes())  # a note on the set
     exact = run().path
-    for place in ("cache_precision", "job"):
+    for place in ("extract", "cache_precision", "job"):
         monkeypatch.setattr(f"featprobe.stages.extraction.{place}.resolve", resolve)
     alone = run()
     fast = run(precision="amp").path
@@ -242,6 +243,20 @@ def test_nothing_is_kept_of_files_that_changed_just_now_or_in_the_future(run, da
     later = time.time() + 3600
     os.utime(data / "images" / "part01.png", (later, later))
     assert not run().by_times and not run().by_times
+
+
+def test_a_set_that_was_made_just_before_is_known_if_it_is_read_later(run, monkeypatch):
+    own = extract_module.ask
+
+    def just_now(*arguments: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(settled_module, "RACY_SECONDS", 60.0)
+            return own(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_module, "ask", just_now)
+        run()
+    assert run().by_times
 
 
 def test_nothing_is_kept_where_an_image_cannot_be_read(run, data):

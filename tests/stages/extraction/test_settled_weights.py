@@ -262,6 +262,13 @@ class Net(nn.Module):
         return [self.layer(images)]
 
 
+def test_a_precision_that_needs_cuda_is_refused_before_anything_is_read(run, loads, monkeypatch):
+    monkeypatch.setattr(make_cache, "read_set", lambda *_: pytest.fail("the set was read"))
+    with pytest.raises(BackboneError, match="--precision amp needs a CUDA device; this is cpu"):
+        run(precision="amp")
+    assert loads == []
+
+
 def test_networks_of_your_own_and_random_weights_are_asked_each_time(run, loads):
     net = Net()
     with at_hand([net]) as (name,):
