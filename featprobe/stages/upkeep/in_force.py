@@ -25,7 +25,7 @@ MEANT: Mapping[str, str] = {
     "HF_ENDPOINT": "the address of the model hub",
     "CUDA_VISIBLE_DEVICES": "the GPUs that may be used",
     "OMP_NUM_THREADS": "threads that compute on a CPU",
-    "THP_MEM_ALLOC_ENABLE": "0: torch takes no large pages of memory on a CPU",
+    "THP_MEM_ALLOC_ENABLE": "0: torch takes no large pages of memory on a CPU; featprobe says 1 where it is not set",
     "MALLOC_TRIM_THRESHOLD_": "bytes of freed memory that a process keeps; 256 MB where it is not set",
     "TMPDIR": "the folder of temporary files",
 }
