@@ -375,7 +375,9 @@ def _unpinned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A function of torch that makes tensors, without a driver that locks pages."""
 
     def made(*args: Any, pin_memory: bool = False, device: Any = None, **kwargs: Any) -> Tensor:
-        return make(*args, **kwargs) if device is None else make(*args, **kwargs).to(device)
+        if device is None:
+            return make(*args, **kwargs)
+        return make(*args, device="cpu", **kwargs).to(device)  # whatever device the context says
 
     return made
 
