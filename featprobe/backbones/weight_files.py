@@ -40,7 +40,7 @@ def _weights_of(spec: BackboneSpec) -> Path | None:
 
 
 def _in_hub_cache(model: str) -> Path | None:
-    """The file of a model in the hub's cache; None where there is none, or where timm is told to look elsewhere."""
+    """The file of a model in the hub's cache; None where there is none, or where timm is set to look elsewhere."""
     if "TIMM_USE_OLD_CACHE" in os.environ:
         return None
     from huggingface_hub import try_to_load_from_cache  # it takes a fifth of a second

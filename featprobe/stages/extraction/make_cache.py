@@ -64,35 +64,23 @@ def make(
     """
     device = pick_device(options.device)
     with failing(device, "Rows that were whole stay whole. Run the same command again."):
-        return _make_on(device, workspace, spec, data, options, asked, begun)
-
-
-def _make_on(
-    device: torch.device,
-    workspace: Workspace,
-    spec: BackboneSpec,
-    data: AnySet,
-    options: ExtractOptions,
-    asked: Asked | None,
-    begun: float,
-) -> ExtractReport:
-    if asked and not takes_named_file(spec):
-        asked = replace(asked, weights_listing="")
-    backbone = None
-    if asked and not options.rehash:
-        for found in answers_to(asked):
-            if held := open_whole(found, options.precision, str(device)):
-                cache, notes = held
-                backbone = backbone or load_backbone(spec, options.levels, device)
-                if (cache.recipe.weights_sha256, cache.levels) == (backbone.sha256, backbone.levels):
-                    check_same(cache, backbone, device)
-                    keep_weights(asked, found)
-                    return nothing_to_do(found, cache, notes, str(device), begun)
-    if asked and not asked.listing:  # files that were made just before are older after torch is loaded
-        asked = replace(asked, listing=listing_of(asked.places))
-    data = data if isinstance(data, DataSet) else read_set(workspace, workspace.data_called(data), options)
-    backbone = backbone or load_backbone(spec, options.levels, device)
-    return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)
+        if asked and not takes_named_file(spec):
+            asked = replace(asked, weights_listing="")
+        backbone = None
+        if asked and not options.rehash:
+            for found in answers_to(asked):
+                if held := open_whole(found, options.precision, str(device)):
+                    cache, notes = held
+                    backbone = backbone or load_backbone(spec, options.levels, device)
+                    if (cache.recipe.weights_sha256, cache.levels) == (backbone.sha256, backbone.levels):
+                        check_same(cache, backbone, device)
+                        keep_weights(asked, found)
+                        return nothing_to_do(found, cache, notes, str(device), begun)
+        if asked and not asked.listing:  # files that were made just before are older after torch is loaded
+            asked = replace(asked, listing=listing_of(asked.places))
+        data = data if isinstance(data, DataSet) else read_set(workspace, workspace.data_called(data), options)
+        backbone = backbone or load_backbone(spec, options.levels, device)
+        return extract_with(workspace, backbone, data, options, device, time.perf_counter() - begun, asked)
 
 
 def extract_with(
