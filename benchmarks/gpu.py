@@ -18,15 +18,15 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import decode
 import numpy as np
 import torch
 from _bench import report
@@ -36,13 +36,9 @@ from PIL import Image
 from featprobe.backbones.backbone import Backbone
 from featprobe.backbones.precision import resolve
 from featprobe.cache import open_cache, reader
-from featprobe.datasets.images.reading import header_of, read_levels
-from featprobe.geometry import place
 from featprobe.kinds import KINDS
 from featprobe.machine import usable_cores
-from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
 from featprobe.stages.extraction.make_cache import extract_with
 from featprobe.stages.extraction.run_log import ExtractReport
 from featprobe.stages.partition import Partition
@@ -65,43 +61,6 @@ def extraction(bench: Bench, backbone: Backbone, folder: Path, images: int) -> t
     options = ExtractOptions(quiet=True, device=bench.device.type, shard=shard)
     done = extract_with(workspace, backbone, workspace.data_set(str(bench.data)), options, bench.device)
     return done, done.computed / done.seconds["run"]
-
-
-def decoding(bench: Bench) -> float:
-    """Images per second from files to framed batches on the device, with as many threads as cores."""
-    paths = sorted((bench.data / "images").iterdir())
-    frame, batch = (bench.side, bench.side), 16
-    recipe = FeatureRecipe(
-        label="none", backbone="none", weights_sha256="", levels=(), final_norm=False, size=frame, frame=frame,
-        fit="resize", intensity="none", window=None, mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bicubic",
-        dtype="fp16",
-    )  # fmt: skip
-    framing, placement = Framing(recipe, bench.device), place(frame, frame, "resize", 32)
-    layout = framing.layout([ImageKind.of(header_of(paths[0]), placement)])
-    buffers = [ImageBuffer(batch, layout.image_bytes(frame), bench.device) for _ in range(4)]
-    parts = [paths[i : i + batch] for i in range(0, len(paths) - batch + 1, batch)]
-
-    def decode(path: Path, buffer: ImageBuffer, k: int) -> None:
-        framing.put(buffer, k, read_levels(path, framing.place_of(buffer, k, placement)), placement)
-
-    def call() -> None:
-        waiting: deque[tuple[ImageBuffer, list[Future[None]]]] = deque()
-        for number, part in enumerate(parts):
-            if len(waiting) == len(buffers) - 1:
-                finish(*waiting.popleft())
-            buffer = buffers[number % len(buffers)]
-            buffer.begin(batch, layout, frame)
-            waiting.append((buffer, [pool.submit(decode, path, buffer, k) for k, path in enumerate(part)]))
-        while waiting:
-            finish(*waiting.popleft())
-
-    def finish(buffer: ImageBuffer, futures: list[Future[None]]) -> None:
-        for future in futures:
-            future.result()
-        framing.images(buffer)
-
-    with ThreadPoolExecutor(usable_cores()) as pool:
-        return bench.rate(call, len(parts) * batch, 3)
 
 
 @contextmanager
@@ -249,7 +208,8 @@ def decoding_line(bench: Bench, limits: Limits) -> None:
     with ProcessPoolExecutor(usable_cores()) as pool:
         rate = bench.rate(lambda: list(pool.map(pillow, paths, chunksize=8)), len(paths), 2)
     bench.note(f"Pillow in {usable_cores()} processes", rate, "images/s")
-    bench.line("decoding to the device", decoding(bench), "images/s", 0.7, limits.decoding)
+    found = decode.rate([Path(path) for path in paths], bench.side, 16, bench.device, usable_cores())
+    bench.line("decoding to the device", found, "images/s", 0.7, limits.decoding)
 
 
 def pillow(path: str) -> int:

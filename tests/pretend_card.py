@@ -13,6 +13,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -27,6 +28,8 @@ DEVICE = torch.device("cuda:0")
 MEMORY = 2**36  # bytes that the device says it has
 HOST = (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.is_nonzero, aten.equal, aten._unique2)
 """Operators whose result the host must wait for."""
+locked: set[int] = set()
+"""Where memory begins whose pages are locked."""
 DEVICE_BY_DEVICE = (aten.copy_, aten._to_copy)
 """Operators that may join two devices."""
 
@@ -256,6 +259,20 @@ class Stream:
         return 1.0
 
 
+class Runtime:
+    """torch.cuda.cudart, which locks pages."""
+
+    cudaError = SimpleNamespace(success=0)
+
+    def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        locked.add(pointer)
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        locked.remove(pointer)
+        return 0
+
+
 def _backward(
     tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, create_graph: bool = False, **more: Any
 ) -> None:
@@ -427,7 +444,7 @@ def pretended() -> Iterator[None]:
             "get_rng_state": lambda device=None: generator.get_state(),
             "set_rng_state": lambda state, device=None: generator.set_state(state),
             "is_current_stream_capturing": lambda: now.recording is not None,
-            "manual_seed_all": lambda seed: generator.manual_seed(seed),
+            "manual_seed_all": lambda seed: generator.manual_seed(seed), "cudart": Runtime,
         }  # fmt: skip
         for name, own in here.items():
             patches.enter_context(mock.patch.object(cuda, name, own))

@@ -123,6 +123,7 @@ OWN_JSON = (
     "probes/saved.py",
     "cache/legacy.py",
     "cache/hdf5_child.py",
+    "datasets/images/decoder.py",
     *(f"datasets/formats/{n}.py" for n in ("coco", "folders", "gdxray", "severstal", "voc")),
 )
 """Where what is parsed was written by the same process, or in a child with limits."""

@@ -102,7 +102,7 @@ workers = computing(
     "--workers",
     type=click.IntRange(1),
     metavar="N",
-    help="How many threads decode images.  [default: one per usable core, at most 16]",
+    help="How many threads decode images; for a GPU processes.  [default: one per usable core, at most 16]",
 )
 
 

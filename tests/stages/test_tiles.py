@@ -42,7 +42,6 @@ from featprobe.probes import best_classes
 from featprobe.specs import BackboneSpec
 from featprobe.splitting import SplitChoice
 from featprobe.stages.commands import commands_of
-from featprobe.stages.extraction.augment import augment
 from featprobe.stages.extraction.crops import Augmentation
 from featprobe.stages.extraction.extract import extract as extract_for_real
 from featprobe.stages.extraction.extract_options import ExtractOptions, configured
@@ -50,6 +49,7 @@ from featprobe.stages.partition import Partition, single_splits
 from featprobe.stages.predict import predict
 from featprobe.stages.stitch import stitched_logits, stitched_objects, whole_logits
 from featprobe.stages.tasks.task import scored_here
+from featprobe.stages.training.augment import augment
 from featprobe.stages.training.finetune import finetune, missing_counterparts
 from featprobe.stages.training.live import LiveFeatures
 from featprobe.stages.training.prepared import prepare, source_of, trials_of

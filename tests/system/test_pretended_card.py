@@ -18,6 +18,7 @@ from featprobe.kinds import KINDS, TrainRecipe
 from featprobe.probes.train import train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction import pipeline
+from featprobe.stages.extraction.decoding import Decoders
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.make_cache import extract_with
@@ -189,18 +190,26 @@ def on_the_host(x: Any) -> Any:
 @pytest.mark.parametrize("frames", list(FRAMES))
 @pytest.mark.parametrize("dtype", ["fp16", "int8"])
 def test_a_card_writes_the_features_that_a_cpu_writes(
-    dtype: Literal["fp16", "int8"], frames: str, spaces: dict[str, Workspace], tmp_path: Path
+    dtype: Literal["fp16", "int8"],
+    frames: str,
+    spaces: dict[str, Workspace],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = []
+    """Processes decode for it, into memory that is locked as long as they do."""
+    found, locked = [], []
+    real = Decoders.submit
+    monkeypatch.setattr(Decoders, "submit", lambda *task: (locked.append(len(pretend_card.locked)), real(*task))[1])
     for device in ("cuda", "cpu"):
         own = Workspace(tmp_path / device)
         own.root.mkdir()
         own.data.symlink_to(spaces[frames].data)
-        how = ExtractOptions(quiet=True, device=device, dtype=dtype, precision="fp32", **FRAMES[frames])
+        how = ExtractOptions(quiet=True, device=device, dtype=dtype, precision="fp32", workers=2, **FRAMES[frames])
         path = extract(own, SPEC, "xray", how).path
         assert all(isinstance(count, int) for count in verify(path))
         found.append(stored(path))
     assert found[0] == found[1]
+    assert locked == [1] * 16 and not pretend_card.locked
 
 
 @pytest.mark.usefixtures("card")

@@ -58,9 +58,9 @@ class ExtractOptions:
     of a tile; both in pixels of the original image. empty_tiles: share of the training tiles without a defect that is
     kept, by default all. views: of training images, as `parse_views` gives them. What is None is as featprobe.toml
     says, where it names the set.
-    workers: threads that decode images, by default one for each core that may be used, at most 16. shard: (i, n),
-    1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set, where sizes and times
-    of files would say that nothing changed.
+    workers: threads, or for a GPU processes, that decode images, by default one for each core that may be used, at most
+    16. shard: (i, n), 1 <= i <= n: this process makes the i-th of n parts. rehash: read every file of the data set,
+    where sizes and times of files would say that nothing changed.
     """
 
     levels: tuple[str, ...] = ()

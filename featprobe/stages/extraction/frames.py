@@ -1,99 +1,58 @@
 """Images on their way to a backbone: raw levels in buffers that are used again, framed by whole batches on the device.
 
-What `frame_image` computes image by image on the host, in the same numbers: threads decode into the buffer, or resize
-into it; grey levels are stretched and padding is laid where the network runs.
+What `frame_image` computes image by image on the host, in the same numbers: images are decoded into the buffer, or
+resized into it; grey levels are stretched and padding is laid where the network runs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from featprobe.datasets.images.pixels import DTYPE_OF, Levels, largest
-from featprobe.datasets.images.reading import Header, image_window, put_image, to_unit
-from featprobe.geometry import Placement
+from featprobe.datasets.images.framing import HostFraming, ImageKind, Layout, Places
+from featprobe.datasets.images.pixels import Levels
+from featprobe.datasets.images.reading import to_unit
+from featprobe.geometry import Placement, Size
 from featprobe.specs import FeatureRecipe
 
-STEEP = 1e300  # a window of one level: what lies above it becomes 1
 ON_DEVICE = {"uint8": torch.uint8, "uint16": torch.int16, "float32": torch.float32}  # uint16 knows few operators
-FACTS = 4  # of each image: window's lower level, factor, height and width of the content
 
 
-@dataclass(frozen=True)
-class ImageKind:
-    """The facts about an image before it is decoded. resized: whether its frame shows it at another size."""
+class ImageBuffer(Places):
+    """Places whose levels go to a device as they are; page-locked where a CUDA device takes them.
 
-    dtype: str
-    channels: int
-    empty: bool
-    resized: bool
-
-    @classmethod
-    def of(cls, image: Header | Levels, placement: Placement) -> "ImageKind":
-        """The kind of an image by its header, or by its levels."""
-        resized = placement.content != placement.original
-        if isinstance(image, Header):
-            return cls(str(DTYPE_OF[image.bits]), image.channels, bool(image.empty), resized)
-        return cls(str(image.dtype), 1 if image.ndim == 2 else 3, isinstance(image, np.ma.MaskedArray), resized)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a batch lies in its buffer.
-
-    raw: levels as they were read, (images, height, width, channels); or else values in [0, 1], float32, (images,
-    channels, height, width).
+    memory: (bytes,), uint8, in which they lie from start on; None for new memory.
     """
 
-    raw: bool
-    dtype: str
-    channels: int
-
-    def shape(self, frame: tuple[int, int]) -> tuple[int, int, int]:
-        """The shape of one image."""
-        return (*frame, self.channels) if self.raw else (self.channels, *frame)
-
-    def image_bytes(self, frame: tuple[int, int]) -> int:
-        """Bytes of one image."""
-        return frame[0] * frame[1] * self.channels * np.dtype(self.dtype).itemsize
-
-
-class ImageBuffer:
-    """Memory for the images of one batch, page-locked where a CUDA device takes them; used again for the next.
-
-    levels: (images, …), see Layout. facts: (images, 4), float64.
-    """
-
-    layout: Layout
-    levels: NDArray[Any]
-    facts: NDArray[np.float64]
-
-    def __init__(self, images: int, image_bytes: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self._bytes = torch.empty(images * image_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._facts = torch.empty(images, FACTS, dtype=torch.float64, pin_memory=pinned)
+    def __init__(
+        self, images: int, image_bytes: int, device: torch.device, memory: Tensor | None = None, start: int = 0
+    ) -> None:
+        if memory is None:
+            size = self.bytes_of(images, image_bytes)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        super().__init__(memory.numpy(), images, start)
+        self._bytes = memory
         self._sent: torch.cuda.Event | None = None
 
-    def begin(self, images: int, layout: Layout, frame: tuple[int, int]) -> None:
-        """Make place for a batch; waits until the one before has left."""
+    def begin(self, images: int, layout: Layout, frame: Size) -> None:
+        """Make places for a batch; waits until the one before has left."""
         if self._sent is not None:
             self._sent.synchronize()
-        shape = (images, *layout.shape(frame))
-        self._shown = self._bytes[: images * layout.image_bytes(frame)].view(ON_DEVICE[layout.dtype]).view(shape)
-        self.layout, self.levels = layout, self._shown.numpy().view(layout.dtype)
-        self.facts = self._facts[:images].numpy()
+        super().begin(images, layout, frame)
+        levels = self._bytes[self.start + self.bytes_of(self.capacity, 0) :][: self.levels.nbytes]
+        self._shown = levels.view(ON_DEVICE[layout.dtype]).view(self.levels.shape)
+        self._facts = self._bytes[self.start :][: self.facts.nbytes].view(torch.float64).view(self.facts.shape)
 
     def to(self, device: torch.device, stream: Any = None) -> tuple[Tensor, Tensor]:
         """Levels and facts on the device; on CUDA copied by a stream, which the current one waits for."""
         if stream is None:
-            return self._shown.to(device), self._facts[: len(self.levels)].to(device)
+            return self._shown.to(device), self._facts.to(device)
         current = torch.cuda.current_stream(device)
         with torch.cuda.stream(stream):
-            facts = self._facts[: len(self.levels)].to(device, non_blocking=True)
+            facts = self._facts.to(device, non_blocking=True)
             sent = self._shown.to(device, non_blocking=True), facts
             self._sent = torch.cuda.Event()
             self._sent.record(stream)
@@ -103,74 +62,19 @@ class ImageBuffer:
         return sent
 
 
-class Framing:
-    """Makes a recipe's frames of raw levels: what must be done image by image in threads, the rest on the device.
+class Framing(HostFraming):
+    """Makes a recipe's frames of raw levels: what must be done image by image on the host, the rest on the device.
 
     stream: that brings images to a CUDA device.
     """
 
     def __init__(self, recipe: FeatureRecipe, device: torch.device) -> None:
-        self.recipe, self.frame = recipe, recipe.frame
+        super().__init__(recipe)
         self.device = device if device.type == "cuda" else torch.device("cpu")  # MPS has no float64
         self.target = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._mean = torch.tensor(recipe.mean, dtype=torch.float32, device=self.device).view(1, 3, 1, 1)
         self._tables: dict[str, Tensor] = {}
-
-    def layout(self, kinds: Sequence[ImageKind]) -> Layout:
-        """How a batch of images lies in a buffer: raw where all can be framed from their levels on the device."""
-        channels, dtypes = max(kind.channels for kind in kinds), {kind.dtype for kind in kinds}
-        (dtype,) = dtypes if len(dtypes) == 1 else ("mixed",)
-        recipe, below = self.recipe, self.recipe.window is not None and self.recipe.window[0] < 0
-        logs = recipe.policy.log and (recipe.policy.image or dtype == "float32")  # no table serves those
-        held = any(kind.empty for kind in kinds) and below and dtype != "float32"  # no level below the window
-        raw = not (dtype == "mixed" or logs or held or any(kind.resized for kind in kinds))
-        return Layout(True, dtype, channels) if raw else Layout(False, "float32", channels)
-
-    def place_of(self, buffer: ImageBuffer, k: int, placement: Placement) -> NDArray[Any] | None:
-        """The place that the levels of image k can be decoded to; None if they need work first."""
-        if not buffer.layout.raw:
-            return None
-        shown = buffer.levels[k, : placement.content[0], : placement.content[1]]
-        return shown[:, :, 0] if shown.shape[2] == 1 else shown
-
-    def put(
-        self,
-        buffer: ImageBuffer,
-        k: int,
-        levels: Levels,
-        placement: Placement,
-        window: tuple[float, float] | None = None,
-    ) -> None:
-        """Write image k, where it was not decoded there. levels: of what is shown of it. window: None for the recipe's.
-
-        Raises DataError for levels that the recipe's policy has no values for.
-        """
-        recipe, policy = self.recipe, self.recipe.policy
-        if not buffer.layout.raw:
-            put_image(buffer.levels[k], levels, placement, recipe)
-            buffer.facts[k] = 0, 1, *placement.content
-            return
-        if window is None:
-            window = image_window(levels, policy) if policy.image else recipe.window
-        fractions = levels.dtype == np.float32
-        low, high = window if window is not None else (0.0, float(largest(levels)))
-        factor = 1.0 / (high - low) if low < high else STEEP if fractions else 1.0
-        buffer.facts[k] = low, factor, *placement.content
-        shown: Any = buffer.levels[k, : placement.content[0], : placement.content[1]]
-        place = shown[:, :, 0] if levels.ndim == 2 and shown.shape[2] == 1 else shown
-        if not np.may_share_memory(place, levels):
-            whole = np.ma.getdata(levels)
-            np.copyto(place, whole if place.ndim == whole.ndim else whole[:, :, None])
-        if isinstance(levels, np.ma.MaskedArray):
-            mask = np.ma.getmaskarray(levels)
-            lowest: Any = -np.inf if fractions else 0
-            np.copyto(place, place.dtype.type(lowest), where=mask if place.ndim == mask.ndim else mask[:, :, None])
-
-    def blank(self, buffer: ImageBuffer, k: int) -> None:
-        """Have image k be 0 all over its frame."""
-        buffer.levels[k] = 0
-        buffer.facts[k] = 0, 1, *self.frame
 
     def images(self, buffer: ImageBuffer) -> Tensor:
         """The framed images of a buffer on the device: (images, 3, frame height, frame width), float32, [0, 1]."""

@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from featprobe.io.disk import remove_leftovers
 from featprobe.machine import launched
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
+from featprobe.stages.extraction.decoding import Decoders, suit
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
@@ -96,6 +98,21 @@ def extract_with(
 
     asked: where given, and all rows are whole in the end, it is kept that this was the answer.
     """
+    with ExitStack() as stack:  # they get ready while the data set is looked at
+        decoders = stack.enter_context(closing(Decoders(options.workers))) if suit(options, device) else None
+        return _extract(workspace, backbone, data, options, device, load_seconds, asked, decoders)
+
+
+def _extract(
+    workspace: Workspace,
+    backbone: Backbone,
+    data: DataSet,
+    options: ExtractOptions,
+    device: torch.device,
+    load_seconds: float,
+    asked: Asked | None,
+    decoders: Decoders | None,
+) -> ExtractReport:
     begun = time.perf_counter()
     job = prepare(workspace, backbone, data, options, device)
     start, stop = share_of(len(job.rows), options.batch_size, options.shard or _own_shard())
@@ -110,7 +127,7 @@ def extract_with(
         locks.end_creation()
         begun = time.perf_counter()
         with CacheWriter(job.path) as writer:
-            filler = Filler(job, writer, backbone, options, device)
+            filler = Filler(job, writer, backbone, options, device, decoders)
             filler.fill(start, stop)
         run_seconds = time.perf_counter() - begun
     cache = Cache(job.path, read_contents(job.path))
@@ -127,7 +144,7 @@ def extract_with(
             "load": load_seconds,
             "look": look_seconds,
             "run": run_seconds,
-            "wait_images": filler.waited_images,
+            "wait_images": filler.images.waited,
             "wait_disk": filler.waited_disk,
             **filler.busy.alone(max(1, options.workers)),
         },

@@ -3,12 +3,9 @@
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -20,14 +17,14 @@ from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
 from featprobe.cache.layout import row_tables
 from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
-from featprobe.datasets.images.pixels import DTYPE_OF, Levels
-from featprobe.datasets.images.reading import read_levels
+from featprobe.datasets.images.framing import ImageKind, Layout, Wanted
 from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.features import Features, pool
 from featprobe.machine import available_memory, usable_cores
 from featprobe.specs import FeatureRecipe
+from featprobe.stages.extraction.decoding import DecodedAhead, Decoders
 from featprobe.stages.extraction.extract_options import ExtractOptions
-from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
+from featprobe.stages.extraction.frames import Framing, ImageBuffer
 from featprobe.stages.extraction.job import Job
 from featprobe.stages.extraction.survey import skippable
 from featprobe.stages.memory import failing, largest_that_fits, too_small, with_batch_size
@@ -40,8 +37,6 @@ EXPONENT = {
 }
 """Number format -> integers of its size, and the bits of its exponent."""
 FINITE = "finite"  # beside the levels of a slot
-AHEAD = 3  # blocks that are decoded before they are needed
-IMAGES_KEPT = 4  # decoded, for their next tiles
 BEHIND = 2  # blocks that may wait for the disk
 LOCKED_SHARE = 0.2  # of the available memory, for features that come from a CUDA device
 WRITERS = min(4, max(2, usable_cores() // 4))  # threads: one takes checksums while another writes
@@ -103,19 +98,23 @@ class _Marks(NamedTuple):
 
 
 class Filler:
-    """Computes the missing rows of a range and counts what it waits for."""
+    """Computes the missing rows of a range and counts what it waits for. decoders: None for threads."""
 
     def __init__(
-        self, job: Job, writer: CacheWriter, backbone: Backbone, options: ExtractOptions, device: torch.device
+        self,
+        job: Job,
+        writer: CacheWriter,
+        backbone: Backbone,
+        options: ExtractOptions,
+        device: torch.device,
+        decoders: Decoders | None = None,
     ) -> None:
         self.job, self.writer, self.backbone, self.options, self.device = job, writer, backbone, options, device
         self.done = Cache(job.path, read_contents(job.path)).done
-        self.computed, self.waited_images, self.waited_disk = 0, 0.0, 0.0
+        self.computed, self.waited_disk = 0, 0.0
         self.busy = Busy()
         self.framing = Framing(job.recipe, device)
-        self._read: Callable[..., Levels] = read_levels
-        if job.recipe.in_parts:
-            self._read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
+        self.images = DecodedAhead(self.framing, options.workers, decoders)
         self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fill(self, start: int, stop: int) -> None:
@@ -153,9 +152,14 @@ class Filler:
         missing = sum(int((self.done[a:b] == MISSING).sum()) for a, b in blocks)
         bar = Progress(missing, self.job.recipe.label, "img", quiet=self.options.quiet, leave=True)
         behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
-        with bar, ThreadPoolExecutor(max(1, self.options.workers)) as pool:
+        layouts = [self._layout(block) for block in blocks]
+        images = ([self._wanted(row) for row in range(*block)] for block in blocks)
+        most = max((b - a for a, b in blocks), default=0)
+        with bar, closing(self.images.batches(layouts, images, most)) as batches:
             try:
-                for block, buffer in self._decoded(blocks, pool):
+                for block, (buffer, failed) in zip(blocks, batches, strict=True):
+                    for k, error in failed.items():
+                        self._mark(block[0] + k, error)
                     computed = self._compute(block, buffer, behind)
                     begun = time.perf_counter()
                     behind.put(computed)
@@ -167,7 +171,7 @@ class Filler:
                 behind.finish()
                 self.waited_disk += time.perf_counter() - begun
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                self.busy.decoding = self.images.decoding
                 behind.stop()
 
     def _slots(self, blocks: Sequence[Block]) -> list[dict[str, torch.Tensor]]:
@@ -186,63 +190,27 @@ class Filler:
             for _ in range(min(len(blocks), BEHIND + WRITERS + 1, max(2, fit)))
         ]
 
-    def _decoded(self, blocks: Sequence[Block], pool: ThreadPoolExecutor) -> Iterator[tuple[Block, ImageBuffer]]:
-        """Blocks with their images, decoded ahead; a buffer is used again when the next block is asked for."""
-        frame = self.job.recipe.frame
-        layouts = [self._layout(block) for block in blocks]
-        rows = max((b - a for a, b in blocks), default=0)
-        image_bytes = max((layout.image_bytes(frame) for layout in layouts), default=0)
-        free = deque(ImageBuffer(rows, image_bytes, self.device) for _ in range(min(AHEAD + 1, len(blocks))))
-        ahead: deque[tuple[Block, ImageBuffer, list[Future[None]]]] = deque()
-        coming = iter(zip(blocks, layouts, strict=True))
-        while True:
-            while len(ahead) < AHEAD and (following := next(coming, None)) is not None:
-                block, layout = following
-                buffer = free.popleft()
-                buffer.begin(block[1] - block[0], layout, frame)
-                futures = [pool.submit(self._decode, row, buffer, k) for k, row in enumerate(range(*block))]
-                ahead.append((block, buffer, futures))
-            if not ahead:
-                return
-            block, buffer, futures = ahead.popleft()
-            begun = time.perf_counter()
-            for k, future in enumerate(futures):
-                self._finish(block[0] + k, future, buffer, k)
-            self.waited_images += time.perf_counter() - begun
-            yield block, buffer
-            free.append(buffer)
-
     def _layout(self, block: Block) -> Layout:
         """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
         rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
-        kinds = [ImageKind.of(self.job.header_of(row), self.job.rows[row].placement) for row in rows]
-        return self.framing.layout(kinds)
+        return self.framing.layout([self._kind(row) for row in rows])
 
-    def _decode(self, row: int, buffer: ImageBuffer, k: int) -> None:
-        """Bring what a row shows of its image into place k of a buffer."""
+    def _kind(self, row: int) -> ImageKind:
+        return ImageKind.of(self.job.header_of(row), self.job.rows[row].placement)
+
+    def _wanted(self, row: int) -> Wanted | None:
+        """What a row shows; None, for a blank, so that its block stays what it is, where it can't be read."""
         if self.done[row] == UNREADABLE:
-            return self.framing.blank(buffer, k)
-        with self.busy.timing("decoding"):
-            own, image = self.job.rows[row], self.job.images[row]
-            place = None if own.part else self.framing.place_of(buffer, k, own.placement)
-            levels = self._read(image) if place is None else self._read(image, place)
-            header, found = self.job.header_of(row), ImageKind.of(levels, own.placement)
-            same = (found.dtype, found.channels) == (str(DTYPE_OF[header.bits]), header.channels)
-            if levels.shape[:2] != self.job.size_of(row) or not same:
-                raise DataError(f"{image} changed while features were made. Run the same command again.")
-            self.framing.put(buffer, k, own.show(levels), own.placement)
-        return None
+            return None
+        own = self.job.rows[row]
+        return Wanted(self.job.images[row], own.placement, self.job.size_of(row), self._kind(row), own.part)
 
-    def _finish(self, row: int, future: Future[None], buffer: ImageBuffer, k: int) -> None:
-        """Wait for an image; a blank in its place (so that its block stays what it is) when it can't be read."""
-        try:
-            future.result()
-        except DataError as error:
-            if not self.options.skip_bad:
-                raise skippable(error) from error
-            self.writer.mark_unreadable(row, str(error))
-            self.done[row] = UNREADABLE
-            self.framing.blank(buffer, k)
+    def _mark(self, row: int, error: DataError) -> None:
+        """Raise the error of an image that can't be read, or have its row be omitted."""
+        if not self.options.skip_bad:
+            raise skippable(error) from error
+        self.writer.mark_unreadable(row, str(error))
+        self.done[row] = UNREADABLE
 
     @torch.inference_mode()
     def _compute(self, block: Block, buffer: ImageBuffer, behind: "_WriteBehind") -> Computed:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from featprobe.backbones.precision import computing, float32_as
 from featprobe.cache import Cache
+from featprobe.datasets.images.framing import ImageKind, Layout
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.images.reading import frame_image, hash_image, image_window, read_levels, unit_of
 from featprobe.errors import DataError
@@ -24,7 +25,10 @@ from featprobe.geometry import Placement, Size
 from featprobe.probes import ObjectTarget, execution
 from featprobe.processes import own_part
 from featprobe.specs import Precision, Rows
-from featprobe.stages.extraction.augment import (
+from featprobe.stages.extraction.crops import Augmentation
+from featprobe.stages.extraction.frames import Framing, ImageBuffer
+from featprobe.stages.tasks.task import Truth, Views
+from featprobe.stages.training.augment import (
     FramedImage,
     ViewPlan,
     augment,
@@ -34,9 +38,6 @@ from featprobe.stages.extraction.augment import (
     padding_of,
     plan_view,
 )
-from featprobe.stages.extraction.crops import Augmentation
-from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind, Layout
-from featprobe.stages.tasks.task import Truth, Views
 
 if TYPE_CHECKING:
     from featprobe.backbones.backbone import Backbone

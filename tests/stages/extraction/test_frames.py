@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from featprobe.datasets.images.framing import ImageKind
 from featprobe.datasets.images.pixels import DTYPE_OF
 from featprobe.datasets.images.reading import frame_image, header_of, image_size, read_levels, training_window
 from featprobe.geometry import Part, Placement, place, place_tile
 from featprobe.intensity import Intensity
 from featprobe.specs import FeatureRecipe
-from featprobe.stages.extraction.frames import Framing, ImageBuffer, ImageKind
+from featprobe.stages.extraction.frames import Framing, ImageBuffer
 
 DATA = Path(os.environ.get("FEATPROBE_SHARED_DATA", Path(__file__).parents[4] / "shared" / "data"))
 MEAN = (0.485, 0.456, 0.406)

@@ -31,7 +31,6 @@ from featprobe.probes.train import _Loop, batches_of
 from featprobe.report.sheets import GAP, LINE, TILE, Panel, draw_panel
 from featprobe.specs import BackboneSpec, FeatureRecipe
 from featprobe.stages.comparison.results import load_results
-from featprobe.stages.extraction.augment import augment
 from featprobe.stages.extraction.crops import Augmentation, choose_crop
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
@@ -39,6 +38,7 @@ from featprobe.stages.predict import predict
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.training import agenda
 from featprobe.stages.training import finetune as finetune_module
+from featprobe.stages.training.augment import augment
 from featprobe.stages.training.finetune import finetune
 from featprobe.stages.training.forecast import Forecast
 from featprobe.stages.training.live import LiveFeatures
