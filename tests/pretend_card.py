@@ -264,6 +264,9 @@ class Runtime:
 
     cudaError = SimpleNamespace(success=0)
 
+    def cudaGetErrorString(self, status: int) -> str:
+        return f"error {status}"
+
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
         locked.add(pointer)
         return 0

@@ -234,6 +234,19 @@ def test_little_memory_for_features_on_their_way_stops_no_extraction(
 
 
 @pytest.mark.usefixtures("card")
+def test_threads_decode_where_shared_memory_cant_be_locked(
+    tmp_path: Path, spaces: dict[str, Workspace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretend_card.Runtime, "cudaHostRegister", lambda *_: 801)
+    own = Workspace(tmp_path / "space")
+    own.root.mkdir()
+    own.data.symlink_to(spaces["whole"].data)
+    report = extract(own, SPEC, "xray", ExtractOptions(quiet=True, device="cuda", workers=2))
+    assert report.missing == 0 and "decoded by threads, which is slower: CUDA can't lock" in report.notes[-1]
+    assert "(error 801)" in report.notes[-1] and not pretend_card.locked
+
+
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(("task", "precision"), [("semseg", None), ("detect", "tf32")])
 def test_a_backbone_is_trained_and_predicts_there(
     task: str, precision: Literal["tf32"] | None, spaces: dict[str, Workspace], tmp_path: Path

@@ -13,9 +13,9 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
@@ -26,6 +26,7 @@ from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.images.reading import read_levels
 from featprobe.datasets.samples import listed
 from featprobe.errors import BackboneError, DataError
+from featprobe.machine import human_bytes
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer
 
@@ -52,6 +53,10 @@ def suit(options: ExtractOptions, device: torch.device) -> bool:
     """
     whole = not options.tiling and not options.views
     return device.type == "cuda" and options.workers > 1 and whole and hasattr(os, "memfd_create")
+
+
+class LockingError(Exception):
+    """CUDA can't lock memory that processes share; the text is for people."""
 
 
 class Decoders:
@@ -96,7 +101,7 @@ class Decoders:
     def buffers(self, framing: Framing, count: int, images: int, image_bytes: int) -> list[ImageBuffer]:
         """Buffers that all share, for so many images each, page-locked for a CUDA device; earlier ones end.
 
-        Raises RuntimeError where CUDA can't lock them.
+        Raises LockingError where CUDA can't lock memory that processes share.
         """
         self._unlock()
         self._recipe = json.dumps(framing.recipe.to_json())
@@ -108,8 +113,11 @@ class Decoders:
             cuda = torch.cuda.cudart()
             status = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             if status != cuda.cudaError.success:
-                raise RuntimeError(
-                    f"CUDA error: {cuda.cudaGetErrorString(status)}, at {memory.nbytes} bytes of memory for images"
+                with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next
+                    torch.zeros(1, device=framing.device)
+                raise LockingError(
+                    "images were decoded by threads, which is slower: CUDA can't lock "
+                    f"{human_bytes(memory.nbytes)} that processes share ({cuda.cudaGetErrorString(status)})"
                 )
             self._locked = memory.data_ptr()
         return [ImageBuffer(images, image_bytes, framing.device, memory, i * size) for i in range(count)]
@@ -193,11 +201,13 @@ class DecodedAhead:
     """Decodes batches into buffers that are used again. decoders: that do it, None for as many threads as workers.
 
     waited: seconds for which images that were asked for were not there yet; decoding: those of all workers together.
+    notes: for people, on how it was done.
     """
 
     def __init__(self, framing: Framing, workers: int, decoders: Decoders | None) -> None:
         self.framing, self.workers, self.decoders = framing, max(1, workers), decoders
         self.waited = self.decoding = 0.0
+        self.notes: tuple[str, ...] = ()
         self._read: Callable[..., Levels] = read_levels
         if framing.recipe.in_parts:
             self._read = lru_cache(maxsize=IMAGES_KEPT)(read_levels)
@@ -209,55 +219,42 @@ class DecodedAhead:
 
         The frames of these, and of images that are None, are blank. layouts: of each batch. most: images of a batch.
         """
-        frame = self.framing.frame
-        with self._beginning() as begin:
-            free = deque(self._buffers(layouts, most))
-            ahead: deque[tuple[ImageBuffer, list[Wait]]] = deque()
-            coming = zip(layouts, batches, strict=True)
+        frame, free = self.framing.frame, deque(self._buffers(layouts, most))
+        ahead: deque[tuple[ImageBuffer, list[Wait]]] = deque()
+        coming = zip(layouts, batches, strict=True)
+        pool = ThreadPoolExecutor(self.workers)
+        try:
             while True:
                 while len(ahead) < AHEAD and (following := next(coming, None)) is not None:
                     layout, images = following
                     buffer = free.popleft()
                     buffer.begin(len(images), layout, frame)
-                    ahead.append((buffer, [begin(buffer, k, wanted) for k, wanted in enumerate(images)]))
+                    ahead.append((buffer, [self._begin(buffer, k, wanted, pool) for k, wanted in enumerate(images)]))
                 if not ahead:
                     return
                 buffer, waits = ahead.popleft()
                 yield buffer, self._finish(buffer, waits)
                 free.append(buffer)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _buffers(self, layouts: Sequence[Layout], most: int) -> list[ImageBuffer]:
         if not layouts:
             return []
         count, image_bytes = min(AHEAD + 1, len(layouts)), max(own.image_bytes(self.framing.frame) for own in layouts)
         if self.decoders is not None:
-            return self.decoders.buffers(self.framing, count, most, image_bytes)
+            try:
+                return self.decoders.buffers(self.framing, count, most, image_bytes)
+            except LockingError as error:
+                self.decoders, self.notes = None, (str(error),)
         return [ImageBuffer(most, image_bytes, self.framing.device) for _ in range(count)]
 
-    @contextmanager
-    def _beginning(self) -> Iterator[Callable[[ImageBuffer, int, Wanted | None], Wait]]:
-        """How the decoding of an image begins; what is not begun when the block ends is dropped."""
-        decoders = self.decoders
-        if decoders is not None:
-            yield (
-                lambda buffer, k, wanted: (
-                    partial(self._blank, buffer, k)
-                    if wanted is None
-                    else partial(decoders.seconds, decoders.submit(buffer, k, wanted))
-                )
-            )
-            return
-        pool = ThreadPoolExecutor(self.workers)
-        try:
-            yield (
-                lambda buffer, k, wanted: (
-                    partial(self._blank, buffer, k)
-                    if wanted is None
-                    else pool.submit(self._decode, buffer, k, wanted).result
-                )
-            )
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def _begin(self, buffer: ImageBuffer, k: int, wanted: Wanted | None, pool: ThreadPoolExecutor) -> Wait:
+        if wanted is None:
+            return partial(self._blank, buffer, k)
+        if self.decoders is not None:
+            return partial(self.decoders.seconds, self.decoders.submit(buffer, k, wanted))
+        return pool.submit(self._decode, buffer, k, wanted).result
 
     def _decode(self, buffer: ImageBuffer, k: int, wanted: Wanted) -> float:
         begun = time.perf_counter()

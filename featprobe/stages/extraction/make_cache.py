@@ -148,7 +148,7 @@ def _extract(
             "wait_disk": filler.waited_disk,
             **filler.busy.alone(max(1, options.workers)),
         },
-        notes=(*job.info.notes, *job.notes),
+        notes=(*job.info.notes, *job.notes, *filler.images.notes),
         device=str(device),
         images=len(job.surveyed.found),
     )
