@@ -19,6 +19,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from featprobe.datasets.images.decoder import LONGEST, Answer, Task
 from featprobe.datasets.images.framing import Layout, Wanted
@@ -43,6 +44,7 @@ serve(*map(int, sys.argv[1:4]))
 """What a process runs. It finds modules where this process does."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 LOOKED_AFTER = 1.0  # seconds without an answer after which it is asked whether all processes live
+PORTABLE = 1  # cudaHostRegisterPortable: for every device
 HELD = 1 << 20  # bytes of messages that the system is asked to hold
 
 
@@ -66,7 +68,8 @@ class Decoders:
     """
 
     def __init__(self, count: int) -> None:
-        self._number, self._size, self._locked = 0, 0, 0
+        self._number, self._size = 0, 0
+        self._locked: tuple[Tensor, torch.device] | None = None
         self._unsent: deque[bytes] = deque()
         self._asked: dict[int, Wanted] = {}
         self._found: dict[int, Answer] = {}
@@ -110,16 +113,7 @@ class Decoders:
         os.ftruncate(self._handle, self._size)
         memory = torch.frombuffer(mmap.mmap(self._handle, self._size), dtype=torch.uint8)
         if framing.device.type == "cuda":
-            cuda = torch.cuda.cudart()
-            status = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            if status != cuda.cudaError.success:
-                with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next
-                    torch.zeros(1, device=framing.device)
-                raise LockingError(
-                    "images were decoded by threads, which is slower: CUDA can't lock "
-                    f"{human_bytes(memory.nbytes)} that processes share ({cuda.cudaGetErrorString(status)})"
-                )
-            self._locked = memory.data_ptr()
+            self._lock(memory, framing.device)
         return [ImageBuffer(images, image_bytes, framing.device, memory, i * size) for i in range(count)]
 
     def submit(self, buffer: ImageBuffer, k: int, wanted: Wanted) -> int:
@@ -167,13 +161,29 @@ class Decoders:
         os.close(self._handle)
         self._unlock()
 
+    def _lock(self, memory: Tensor, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            cuda = torch.cuda.cudart()
+            status = cuda.cudaHostRegister(memory.data_ptr(), memory.nbytes, PORTABLE)
+            if status != cuda.cudaError.success:
+                with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next
+                    torch.zeros(1, device=device)
+                raise LockingError(
+                    "images were decoded by threads, which is slower: CUDA can't lock "
+                    f"{human_bytes(memory.nbytes)} that processes share ({cuda.cudaGetErrorString(status)})"
+                )
+        self._locked = memory, device
+
     def _unlock(self) -> None:
         """Give back page-locked memory; what a device still copies from it comes first."""
-        if self._locked:
+        if self._locked is None:
+            return
+        memory, device = self._locked
+        with torch.cuda.device(device):
             with suppress(RuntimeError):  # of a device that failed
-                torch.cuda.synchronize()
-            torch.cuda.cudart().cudaHostUnregister(self._locked)
-            self._locked = 0
+                torch.cuda.synchronize(device)
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        self._locked = None
 
     def _send(self) -> None:
         """Send tasks, as many as the system holds; never wait, or both ends might."""
