@@ -21,6 +21,7 @@ from featprobe.probes.train import train
 from featprobe.specs import BackboneSpec
 from featprobe.stages.extraction.extract import extract
 from featprobe.stages.extraction.extract_options import ExtractOptions
+from featprobe.stages.extraction.frames import ImageBuffer
 from featprobe.stages.pooled import pooled_vectors
 from featprobe.stages.predict import predict
 from featprobe.stages.training.finetune import finetune
@@ -73,6 +74,19 @@ def test_a_card_computes_what_a_cpu_computes_within_the_precision_s_bound_and_tw
         away = np.linalg.norm((found[name] - level).ravel(), order)
         assert away <= bound * np.linalg.norm(level.ravel(), order), name
         assert np.array_equal(found[name], again[name]), name
+
+
+def test_processes_decode_into_locked_memory_and_threads_bring_the_same_features(
+    space: Workspace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[bool] = []
+    real = ImageBuffer.to
+    monkeypatch.setattr(
+        ImageBuffer, "to", lambda own, *where: (pinned.append(own._shown.is_pinned()), real(own, *where))[1]
+    )
+    found = {workers: features_of(space, tmp_path / str(workers), "cuda", workers=workers) for workers in (1, 4)}
+    assert pinned and all(pinned)
+    assert all(np.array_equal(level, found[1][name]) for name, level in found[4].items())
 
 
 def test_an_extraction_that_is_killed_on_a_card_goes_on_to_a_sound_cache(space: Workspace, tmp_path: Path) -> None:
