@@ -246,7 +246,7 @@ class DecodedAhead:
                 yield buffer, self._finish(buffer, waits)
                 free.append(buffer)
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
     def _buffers(self, layouts: Sequence[Layout], most: int) -> list[ImageBuffer]:
         if not layouts:
