@@ -704,6 +704,7 @@ def test_rm_of_a_name_means_the_workspace_and_of_a_path_only_caches(
     beside.mkdir()
     monkeypatch.chdir(beside)
     (beside / "net").write_text("thesis")
+    assert "cache rm" not in refusal(tmp_path, "cache", "info", str(beside / "net"))  # no advice to remove other files
     with h5py.File(beside / "model.h5", "w") as file:
         file["weights"] = [1]
     for name, said in {"model.h5": "HDF5, but not a feature cache", str(beside / "net"): "not a feature cache"}.items():
