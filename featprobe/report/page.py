@@ -55,8 +55,8 @@ HOW_FOUND = (
 )
 HOW_POD = (
     "Probability of detection: by the fitted curve, 50 and 90 % of the defects of the sizes a50 and a90 are found. "
-    "a90/95 is an upper bound of a90, which holds in 95 of 100 experiments. Where there is none, the data exclude no size: "
-    "more defects near a90 help most."
+    "a90/95 is an upper bound of a90, which holds in 95 of 100 experiments. Where there is none, the data exclude no "
+    "size: more defects near a90 help most."
 )
 WORDS = {"backbone", "regime", "head", "recipe", "within", "difference", "gap", "task", "verdict on"}
 PHRASES = {"operating point"}
