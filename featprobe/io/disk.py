@@ -344,6 +344,8 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
 
 def _to_do(error: OSError) -> str:
     """What helps where the system refuses to write."""
+    if error.errno in (errno.EROFS, errno.EIO):  # room helps neither
+        return "Choose another disk"
     return "Make room or choose another disk" if error.errno in REFUSALS else "Correct the path or its rights"
 
 

@@ -114,7 +114,8 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
         read_study(written(tmp_path, text), workspace)
     for said in (
         "train.linear.seeds: it is a key of the study itself", "tuning.data: it is a key of the study itself",
-        "iterations: it belongs below [train.all]", "bn: it belongs below [tuning]", "linear.ema: it belongs below [tuning]",
+        "iterations: it belongs below [train.all]", "bn: it belongs below [tuning]",
+        "linear.ema: it belongs below [tuning]",
         "clip: it belongs below [train.all] or [tuning]",
     ):  # fmt: skip
         assert said in str(error.value)
