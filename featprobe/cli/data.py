@@ -25,7 +25,7 @@ from featprobe.cli.options import (
     terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError, as_usage, counted
+from featprobe.errors import FeatprobeError, UsageError, as_usage, counted
 
 if TYPE_CHECKING:
     from featprobe.datasets import DataSet
@@ -157,6 +157,8 @@ def data_show(
 
     workspace = workspace_of(ctx)
     with as_usage():
+        if out.suffix.lower() not in ("", ".png"):
+            raise UsageError(f"--out {out}: the picture is a PNG file. wanted: a name that ends in .png")
         _ = intensity and Intensity.parse(intensity)
     policy = intensity or workspace.data_options(name).get("intensity")
     named = _read(workspace, name, how)

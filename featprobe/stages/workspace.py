@@ -159,9 +159,13 @@ class Workspace:
         """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
         if name in self.data_names() or os.path.exists(name):
             return
+        if os.sep in name:
+            there = next((own for own in Path(name).parents if os.path.exists(own)), None)
+            found = f"\n  found   {there.resolve()}, and nothing of the rest" if there else ""
+            raise DataError(f"There is no data set {name!r}: nothing lies at this path. Nothing was read.{found}")
         raise DataError(
             f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"
-            f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
+            f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or the path of a folder\n"
             "List them:  featprobe data"
         )
 

@@ -316,6 +316,8 @@ def test_what_extract_is_wrongly_asked_for_is_answered_in_one_paragraph(
         (["probe", "--seeds", "0"], "--seeds"),
         (["data", "make", "wood"], "'wood' is not one of"),
         (["data", "show", "xray"], "Missing option '--out'"),
+        (["data", "show", "xray", "--out", "sheet.jpg"], "--out sheet.jpg: the picture is a PNG file"),
+        (["data", "info", "../nowhere/parts"], "There is no data set '../nowhere/parts': nothing lies at this"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )
@@ -497,6 +499,32 @@ def test_data_is_listed_described_and_drawn(space: Path, tmp_path: Path) -> None
     assert result.exit_code == 0 and "3 images of train" in result.stdout
     with Image.open(tmp_path / "sheet") as sheet:
         assert sheet.format == "PNG" and sheet.height > 3 * 256
+
+
+def test_a_drawn_split_shows_images_without_labels_too_where_more_are_asked_for(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "parts", 6, (32, 32))
+    for mask in sorted((root / "masks").rglob("*.png"))[:2]:
+        with Image.open(mask) as image:
+            plain = Image.new(image.mode, image.size)
+        plain.save(mask)
+    count = as_json(tmp_path, "data", "info", root)["images"]["train"]
+    shown = call(tmp_path, "data", "show", root, "--out", tmp_path / "sheet.png", "--count", 99).stdout
+    assert f"{count} images of train" in shown
+
+
+def test_the_first_file_that_can_not_be_used_names_the_command_that_lists_all(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "parts", 6, (32, 32))
+    image = sorted((root / "images").rglob("*.png"))[0]
+    image.write_bytes(b"")
+    for words in (
+        ["info", root],
+        ["split", root, "--out", tmp_path / "s.csv"],
+        ["convert", root, "--out", tmp_path / "c"],
+    ):
+        said = refusal(tmp_path, "data", *words)
+        assert "is an empty file" in said and f"All files that can't be used:  featprobe data check {root}" in said
+    said = refusal(tmp_path, "data", "info", image)
+    assert f"Name the folder: {image.parent}" in said and "--format" not in said
 
 
 def test_backbones_are_listed_with_licences(space: Path) -> None:
