@@ -436,6 +436,11 @@ def workspace_of(ctx: click.Context) -> "Workspace":
     return Workspace(ctx.obj, ctx.meta.get("follow_links", False))
 
 
+def at_workspace(ctx: click.Context) -> list[str]:
+    """The words that name the workspace on a command line; none for the current folder."""
+    return [] if str(ctx.obj) == "." else ["--workspace", str(ctx.obj)]
+
+
 def caches_named(workspace: "Workspace", names: Sequence[str]) -> list["Path"]:
     """The caches that words of the command line mean.
 

@@ -527,6 +527,14 @@ def test_the_first_file_that_can_not_be_used_names_the_command_that_lists_all(tm
     assert f"Name the folder: {image.parent}" in said and "--format" not in said
 
 
+def test_a_demo_ends_with_the_command_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featprobe.stages.demo.demo", lambda *_: None)
+    monkeypatch.setattr("featprobe.cli.head_commands.show_probe", lambda *_: None)
+    assert call(tmp_path, "demo").stdout.endswith(f"featprobe --workspace {tmp_path} compare\n")
+    monkeypatch.chdir(tmp_path)
+    assert call(Path(), "demo").stdout.endswith("  featprobe compare\n")
+
+
 def test_backbones_are_listed_with_licences(space: Path) -> None:
     assert re.search(r"convnext_dinov3 .*dinov3-license", call(space, "backbones").stdout)
     rows = as_json(space, "backbones", "*dinov3*")
