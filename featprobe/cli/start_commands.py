@@ -156,10 +156,8 @@ def init(ctx: click.Context, folder: str, quiet: bool, json_: bool, **how: str |
     _show_check(started.checked)
     for path in started.files:
         echo(f"written: {path}")
-    study = started.files[-1]
-    echo(
-        f"Read both, then see the plan:  {shlex.join(['featprobe', *at_workspace(ctx), 'study', str(study), '--dry-run'])}"
-    )
+    words = ["featprobe", *at_workspace(ctx), "study", str(started.files[-1]), "--dry-run"]
+    echo(f"Read both, then see the plan:  {shlex.join(words)}")
 
 
 @click.command()

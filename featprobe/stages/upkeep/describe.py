@@ -69,6 +69,15 @@ class DataSummary:
         return "\n".join([f"[data.{name}]", *lines])
 
 
+def share_text(share: float) -> str:
+    """A share of pixels in percent; one that is not 0 does not look like it.
+
+    >>> share_text(0.12345), share_text(0), share_text(0.00001)
+    ('12.35%', '0.00%', '<0.01%')
+    """
+    return "<0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
+
+
 def toml_text(value: bool | str | Sequence[str]) -> str:
     r"""A text or a list of texts in TOML, in single quotes where possible: these keep backslashes.
 
