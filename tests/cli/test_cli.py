@@ -527,6 +527,18 @@ def test_the_first_file_that_can_not_be_used_names_the_command_that_lists_all(tm
     assert f"Name the folder: {image.parent}" in said and "--format" not in said
 
 
+def test_a_study_says_once_why_several_of_its_trainings_failed(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    study = tmp_path / "study.toml"
+    study.write_text(
+        f'data = ["{images}"]\nbackbones = ["embedded"]\nregimes = ["frozen"]\nseeds = 2\nsizes = ["64x64"]\n'
+    )
+    ended = call(tmp_path, "study", study)
+    said = ended.stderr[ended.stderr.rindex("[1/1]") :].splitlines()[2:]
+    assert ended.exit_code == 3 and [line.startswith("failed: ") for line in said[:3]] == [True, True, False]
+    assert all(line.startswith("  ") for line in said[2:]) and sum("can't be written" in line for line in said) == 1
+
+
 def test_a_demo_ends_with_the_command_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featprobe.stages.demo.demo", lambda *_: None)
     monkeypatch.setattr("featprobe.cli.head_commands.show_probe", lambda *_: None)
