@@ -738,7 +738,9 @@ def test_a_cache_that_can_not_be_read_is_named_and_can_be_removed(
 
 def test_rm_asks_first(space: Path, tmp_path: Path) -> None:
     path = spoiled(space, tmp_path, "no")
-    assert call(tmp_path, "cache", "rm", "xray", input="n\n").exit_code == 1
+    for said in ("n\n", ""):  # a no, and nobody who answers
+        refused = call(tmp_path, "cache", "rm", "xray", input=said)
+        assert refused.exit_code == 1 and "Nothing was removed. With --yes" in refused.stderr
     assert path.exists()
     assert call(tmp_path, "cache", "rm", "xray", input="y\n").exit_code == 0
     assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
