@@ -241,6 +241,7 @@ class ResultRow:
     head_precision: str | None = None
     processes: int = 1
     folder: str
+    unreadable: int = field(default=0, metadata=RARE)
     verified: bool = field(default=True, metadata=RARE)
     ridge: Solution | None = field(default=None, metadata=RARE)
     settings: Settings | None = field(default=None, metadata=RARE)
@@ -387,6 +388,8 @@ def result_faults(row: Mapping[str, Any], *, load: bool = True) -> list[Fault]:
         faults.append(wrong(("settings", "false_calls"), "0 <= false_calls < 1", settings["false_calls"]))
     if settings and not 0 < (settings.get("coreset") or 1) <= 1:
         faults.append(wrong(("settings", "coreset"), "0 < coreset <= 1", settings["coreset"]))
+    if row.get("unreadable", 0) < 0:
+        faults.append(wrong(("unreadable",), "0 or more", row["unreadable"]))
     if row["seed"] < 0:
         faults.append(wrong(("seed",), "0 or more", row["seed"]))
     if row["tuning"] is None and (row["regime"] != "frozen" or row.get("chosen_from")):

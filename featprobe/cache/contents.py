@@ -181,8 +181,10 @@ def _as_cache_error(path: Path) -> Iterator[None]:
 
 
 def _unopened(path: Path, wanted: str, found: str) -> CacheError:
+    other = "Nothing was changed. It does not begin as a cache does: is it another file?  featprobe cache ls"
+    advice = removal(path) if begins_as_cache(path) or _is_old(HeldFile(path)) else other
     return CacheError(
-        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{removal(path)}"
+        f"{path} is not a feature cache that can be opened.\n  wanted  {wanted}\n  found   {found}\n{advice}"
     )
 
 

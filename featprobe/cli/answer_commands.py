@@ -172,8 +172,9 @@ def study(ctx: click.Context, file: Path, json_: bool, dry_run: bool, verify: bo
         echo()
         _show_answer(answer.comparison)
         echo(f"page: {answer.page}")
-    for cell, reason in report.failed if not json_ else ():
-        echo(f"failed: {cell}\n  {reason}", err=True)
+    for reason in dict.fromkeys(reason for _, reason in report.failed if not json_):
+        cells = "\n".join(f"failed: {cell}" for cell, own in report.failed if own == reason)
+        echo("\n  ".join([cells, *reason.splitlines()]), err=True)
     if report.failed:
         ctx.exit(3)
 

@@ -10,6 +10,7 @@ import click
 
 from featprobe.cli.help import InOrder
 from featprobe.cli.options import (
+    agreed,
     as_json,
     caches_named,
     columns,
@@ -260,7 +261,7 @@ def cache_rm(ctx: click.Context, name: str, yes: bool) -> None:
     for path, size in sizes.items():
         echo(f"{path}  {human_bytes(size)}")
     if not yes:
-        click.confirm(f"Delete {'this cache' if len(sizes) == 1 else f'these {len(sizes)} caches'}?", abort=True)
+        agreed(f"Delete {'this cache' if len(sizes) == 1 else f'these {len(sizes)} caches'}?")
     echo(f"{human_bytes(remove_caches(sizes))} freed")
 
 

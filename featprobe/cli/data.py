@@ -25,7 +25,7 @@ from featprobe.cli.options import (
     terminal_width,
     workspace_of,
 )
-from featprobe.errors import FeatprobeError, as_usage, counted
+from featprobe.errors import FeatprobeError, UsageError, as_usage, counted
 
 if TYPE_CHECKING:
     from featprobe.datasets import DataSet
@@ -90,7 +90,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     """
     named = _read(workspace_of(ctx), name, how)
     from featprobe.datasets.label_sets import NO_LABEL
-    from featprobe.stages.upkeep.describe import summarise
+    from featprobe.stages.upkeep.describe import share_text, summarise
 
     summary = summarise(named)
     if json_:
@@ -106,7 +106,7 @@ def data_info(ctx: click.Context, name: str, json_: bool, **how: str | None) -> 
     rows = [
         [
             name,
-            *([f"{summary.pixels[name]:.2%}"] if summary.pixels else []),
+            *([share_text(summary.pixels[name])] if summary.pixels else []),
             *([summary.instances.get(name, "")] if summary.instances else []),
         ]
         for name in summary.classes
@@ -157,6 +157,8 @@ def data_show(
 
     workspace = workspace_of(ctx)
     with as_usage():
+        if out.suffix.lower() not in ("", ".png"):
+            raise UsageError(f"--out {out}: the picture is a PNG file. wanted: a name that ends in .png")
         _ = intensity and Intensity.parse(intensity)
     policy = intensity or workspace.data_options(name).get("intensity")
     named = _read(workspace, name, how)
@@ -193,8 +195,8 @@ def data_check(
 
     It looks for groups, images or near copies of images that are in two splits; empty splits; files that can't be read;
     masks whose size differs from that of their image; boxes outside their image; other bad labels; objects that an
-    image lists twice; images in two classes where one is meant; and 8-bit and 16-bit images in one data set. If it
-    finds any of these, the exit code is 3. NAME is a name from `featprobe data`, or a path.
+    image lists twice; images in two classes where one is meant; one label for all images; and 8-bit and 16-bit images
+    in one data set. If it finds any of these, the exit code is 3. NAME is a name from `featprobe data`, or a path.
 
     \b
     Example:

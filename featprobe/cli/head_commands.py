@@ -1,5 +1,6 @@
 """The commands that train heads and use them: probe, finetune, predict, demo."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from featprobe.cli.help import ALL_TASKS, Grouped, under
 from featprobe.cli.options import (
     as_json,
+    at_workspace,
     computing,
     device,
     echo,
@@ -241,6 +243,9 @@ def demo(ctx: click.Context, json_: bool, device: str | None) -> None:
 
     workspace = workspace_of(ctx)
     show_probe(run(workspace, lambda line: echo(line, err=json_), device), json_, workspace.probes)
+    echo(
+        f"Next, the answer in words, and a page:  {shlex.join(['featprobe', *at_workspace(ctx), 'compare'])}", err=json_
+    )
 
 
 def _asked(ctx: click.Context, options: dict[str, Any], *, live: bool = False) -> tuple["Workspace", "ProbeOptions"]:

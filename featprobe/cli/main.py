@@ -26,7 +26,7 @@ from featprobe.cli.options import echo
 from featprobe.cli.probes_commands import probes
 from featprobe.cli.start_commands import config, doctor, init, try_
 from featprobe.errors import FeatprobeError
-from featprobe.io.disk import REFUSALS
+from featprobe.io.disk import REFUSALS, to_do
 from featprobe.io.texts import beyond_locale, printable
 from featprobe.machine import tune_memory
 
@@ -87,7 +87,7 @@ def _refusal(error: BaseException) -> str:
     named = isinstance(error, OSError) and isinstance(error.filename, str | bytes)
     file = f"{os.fsdecode(error.filename)[:LONGEST]}: " if isinstance(error, OSError) and named else ""
     if isinstance(error, OSError) and error.errno in REFUSALS:
-        return f"{file}{error.strerror}. Make room, or choose another disk, and run the same command again."
+        return f"{file}{error.strerror}. {to_do(error)}, then run the same command again."
     if isinstance(error, OSError) and error.errno in LACKS:
         return f"{file}{error.strerror}. Allow the process more (ulimit), then run the same command again."
     if file and isinstance(error, OSError):

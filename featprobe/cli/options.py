@@ -436,6 +436,20 @@ def workspace_of(ctx: click.Context) -> "Workspace":
     return Workspace(ctx.obj, ctx.meta.get("follow_links", False))
 
 
+def agreed(question: str, *, err: bool = False) -> None:
+    """Ask before something is removed; where the answer is no, or nobody can give one, the command ends with 1."""
+    try:
+        click.confirm(question, abort=True, err=err)
+    except click.Abort:
+        echo("\nNothing was removed. With --yes nobody is asked.", err=True)
+        raise click.exceptions.Exit(1) from None
+
+
+def at_workspace(ctx: click.Context) -> list[str]:
+    """The words that name the workspace on a command line; none for the current folder."""
+    return [] if str(ctx.obj) == "." else ["--workspace", str(ctx.obj)]
+
+
 def caches_named(workspace: "Workspace", names: Sequence[str]) -> list["Path"]:
     """The caches that words of the command line mean.
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from featprobe.cli.help import InOrder
-from featprobe.cli.options import as_json, columns, echo, show_json, workspace_of
+from featprobe.cli.options import agreed, as_json, columns, echo, show_json, workspace_of
 from featprobe.errors import as_usage, counted
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def probes_rm(ctx: click.Context, names: tuple[str, ...], dry_run: bool, yes: bo
     for head in heads if not json_ else ():
         echo(f"{head.path}  {human_bytes(head.bytes)}{'' if head.row else ', without a row'}")
     if not (dry_run or yes):
-        click.confirm(f"Remove {counted(len(heads), 'head')}?", abort=True, err=json_)
+        agreed(f"Remove {counted(len(heads), 'head')}?", err=json_)
     freed = 0 if dry_run else remove_heads(workspace, heads)
     if json_:
         return show_json({"heads": [_head_json(head) for head in heads], "removed": not dry_run, "freed": freed})

@@ -7,7 +7,6 @@ import sys
 import webbrowser
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,6 +14,7 @@ import click
 from featprobe.cli.help import Grouped
 from featprobe.cli.options import (
     as_json,
+    at_workspace,
     columns,
     computing,
     device,
@@ -156,8 +156,8 @@ def init(ctx: click.Context, folder: str, quiet: bool, json_: bool, **how: str |
     _show_check(started.checked)
     for path in started.files:
         echo(f"written: {path}")
-    study = started.files[-1]
-    echo(f"Read both, then see the plan:  {shlex.join(['featprobe', *_at(ctx), 'study', str(study), '--dry-run'])}")
+    words = ["featprobe", *at_workspace(ctx), "study", str(started.files[-1]), "--dry-run"]
+    echo(f"Read both, then see the plan:  {shlex.join(words)}")
 
 
 @click.command()
@@ -225,11 +225,6 @@ def _show_facts(facts: "Sequence[Fact]") -> None:
                 echo(f"  {fact.name.ljust(width)}  {fact.value}")
     unusable = [f"{fact.part}: {fact.name}" for fact in facts if fact.unusable]
     echo(f"\n{'Unusable: ' + ', '.join(unusable) if unusable else 'Nothing is unusable.'}")
-
-
-def _at(ctx: click.Context) -> list[str]:
-    """The words that name the workspace on a command line; none for the current folder."""
-    return [] if ctx.obj == Path() else ["--workspace", str(ctx.obj)]
 
 
 def _show_check(found: "DataCheck") -> None:

@@ -18,7 +18,7 @@ from featprobe.datasets.images.tiff import NODATA
 from featprobe.datasets.samples import listed
 from featprobe.datasets.values import stated_side
 from featprobe.datasets.values import to_numbers as to_numbers  # readers of other packages import it from here
-from featprobe.errors import DataError, LabelSizeError, OutOfImageError
+from featprobe.errors import DataError, LabelSizeError, OutOfImageError, counted
 from featprobe.geometry import Size
 from featprobe.io.pictures import MASK_FORMATS, picture
 from featprobe.targets import IGNORE, Instance, Labels, Rle, encode_rle
@@ -197,7 +197,7 @@ def check_classes(classes: Sequence[str], where: object) -> tuple[str, ...]:
     if not 2 <= len(classes) < IGNORE or twice:
         said = f", of which several are called {listed(twice)}" if twice else ""
         raise DataError(
-            f"{where} names {len(classes)} classes ({', '.join(classes[:200])[:200]}){said}.\n"
+            f"{where} names {counted(len(classes), 'class', 'classes')} ({', '.join(classes[:200])[:200]}){said}.\n"
             f"  wanted  2 to {IGNORE - 1}, each once, the background first"
         )
     return tuple(classes)

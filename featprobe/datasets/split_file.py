@@ -10,7 +10,7 @@ from pathlib import Path
 from featprobe.datasets.files import by_name, read_csv
 from featprobe.datasets.names import renamed
 from featprobe.datasets.samples import SPLITS, DataSet, listed, split_of
-from featprobe.errors import DataError, nearest
+from featprobe.errors import DataError, counted, nearest
 from featprobe.io.disk import write_together
 from featprobe.io.texts import cell, uncell
 from featprobe.specs import digest
@@ -46,8 +46,12 @@ class SplitFile:
         unlisted = [name for name in names if name not in places]
         gone = sorted(places.keys() - set(names))
         if unlisted or gone:
-            found = [f"{len(unlisted)} images that the file does not list: {listed(unlisted)}"] if unlisted else []
-            found += [f"{len(gone)} images that it lists and the set lacks: {listed(gone)}"] if gone else []
+            found = (
+                [f"{counted(len(unlisted), 'image')} that the file does not list: {listed(unlisted)}"]
+                if unlisted
+                else []
+            )
+            found += [f"{counted(len(gone), 'image')} that it lists and the set lacks: {listed(gone)}"] if gone else []
             both = ";\n          ".join(found)
             raise DataError(
                 f"{self.path} is not the split of these {len(ids)} images.\n"

@@ -43,8 +43,9 @@ def split_by_group(
         for name in set(of_image):
             held_by[group][name] += 1
     if len(sizes) < len(shares):
+        parts = counted(len(shares), "fold") if all(map(str.isdigit, shares)) else ", ".join(shares)
         raise DataError(
-            f"{counted(len(sizes), 'group')} of images can't be split into {', '.join(shares)}.\n"
+            f"{counted(len(sizes), 'group')} of images can't be split into {parts}.\n"
             f"  wanted  at least {len(shares)} groups, so that no group is in two splits\n"
             f"  found   {listed(sorted(sizes))}\n"
             "Give the images smaller groups, or name their splits."

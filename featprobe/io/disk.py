@@ -128,7 +128,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise DiskError(
             f"{path} can't be written: {error.strerror or error}.\n"
-            f"Nothing was left behind. {_to_do(error)}, then run the same command again."
+            f"Nothing was left behind. {to_do(error)}, then run the same command again."
         ) from error
     finally:
         if temporary is not None:
@@ -338,12 +338,14 @@ def _refused(path: Path, error: OSError, *, kept: bool = True) -> DiskError:
     before = "What was there before is unchanged." if kept else "The new files may be lost."
     return DiskError(
         f"{path} can't be written: {error.strerror or error}.\n"
-        f"{before} {_to_do(error)}, then run the same command again."
+        f"{before} {to_do(error)}, then run the same command again."
     )
 
 
-def _to_do(error: OSError) -> str:
+def to_do(error: OSError) -> str:
     """What helps where the system refuses to write."""
+    if error.errno in (errno.EROFS, errno.EIO):  # room helps neither
+        return "Choose another disk"
     return "Make room or choose another disk" if error.errno in REFUSALS else "Correct the path or its rights"
 
 

@@ -45,6 +45,8 @@ def picture(source: Path | BinaryIO, formats: tuple[str, ...], where: object = N
         try:
             image = Image.open(stream, formats=formats)
         except UnidentifiedImageError as error:
+            if not size_of(stream):
+                raise DataError(f"{where} is an empty file (0 bytes). wanted: an image.") from error
             said = "can't be read as a mask" if formats is MASK_FORMATS else "is not an image that can be read"
             raise DataError(f"{where} {said}. wanted: {', '.join(formats)}.") from error
         except Image.DecompressionBombError as error:

@@ -43,7 +43,7 @@ def draw_closeup(image: NDArray[np.float32], box: Box | None) -> Drawn:
     scale = place.width / (right - left)
     _corners(place, ((box[0] - left) * scale, (box[1] - top) * scale, (box[2] - left) * scale, (box[3] - top) * scale))
     _frame(whole, tuple(value * whole.width / size[1] for value in window))
-    both = Image.new("RGB", (whole.width + GAP + place.width, max(whole.height, place.height)), "white")
+    both = Image.new("RGBA", (whole.width + GAP + place.width, max(whole.height, place.height)))  # clear between them
     both.paste(whole, (0, 0))
     both.paste(place, (whole.width + GAP, 0))
     return Drawn(png(both), stretched)

@@ -11,9 +11,9 @@ from featprobe.report.findings.defect_answer import things
 Line = Mapping[str, Any]
 
 
-def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0) -> str:
+def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0, unreadable: int = 0) -> str:
     """What the heads of a table were trained and tested on. lead: a finding, which knows defects and parts.
-    folds: of a cross-validation; 0 for none.
+    folds: of a cross-validation; 0 for none. unreadable: images that took no part.
     """
     most = max(line["fraction"] for line in lines)
     first = next(line for line in lines if line["fraction"] == most)
@@ -24,12 +24,14 @@ def data_sentence(lines: Sequence[Line], lead: Line | None, folds: int = 0) -> s
         trained = f"{folds} folds, each {trained}"
         tested = f"tested on all {counted(first['test_images'], 'image')}, each once by a head that had not seen it,"
     said = f"{first['data']}: {trained}, {tested} of {counted(groups, 'group')}"
+    whose = "it or its" if unreadable == 1 else "they or their"
+    others = f" {counted(unreadable, 'more image')} took no part: {whose} labels can't be used." if unreadable else ""
     if lead is None:
-        return f"{said}."
+        return f"{said}.{others}"
     unit = "part" if lead["parts_known"] else "image"
     held = f"{lead['defects']} {things(lead)} in {counted(lead['bad_parts'], f'bad {unit}')}"
     good = lead["good_parts"]
-    return f"{said}, with {held}, and {counted(good, f'good {unit}') if good else f'no good {unit}'}."
+    return f"{said}, with {held}, and {counted(good, f'good {unit}') if good else f'no good {unit}'}.{others}"
 
 
 def point_sentence(lead: Line | None) -> list[str]:

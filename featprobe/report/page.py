@@ -53,8 +53,14 @@ HOW_FOUND = (
     "one part that are found or missed together. Differences between what two heads find are of these two heads, over "
     "the same test groups, corrected for all of this page (Holm)."
 )
-WORDS = {"backbone", "regime", "head", "recipe", "operating point", "within", "difference", "gap", "task", "verdict on"}
-"""Columns that are read, not compared."""
+HOW_POD = (
+    "Probability of detection: by the fitted curve, 50 and 90 % of the defects of the sizes a50 and a90 are found. "
+    "a90/95 is an upper bound of a90, which holds in 95 of 100 experiments. Where there is none, the data exclude no "
+    "size: more defects near a90 help most."
+)
+WORDS = {"backbone", "regime", "head", "recipe", "within", "difference", "gap", "task", "verdict on"}
+PHRASES = {"operating point"}
+"""Columns that are read, not compared: a word or two, and more."""
 TRAINED = {"trials", "head params", "backbone params", "iterations", REACHED}
 """Columns that say how heads were trained."""
 
@@ -117,14 +123,16 @@ def page_text(
     first, *rest = HOW_TO_READ
     rules = dict.fromkeys(own["rule"] for item in sets for own in item.findings)
     found = [HOW_FOUND.format("; or with: ".join(rules))] if rules else []
+    curves = [HOW_POD] if any(item.pod and item.pod.plot for item in sets) else []
+    own_notes = [note.removeprefix(f"{sets[0].title}: ") for note in notes] if len(sets) == 1 else notes
     return render(
         "comparison.html",
         stamp=stamp,
         answers=answers,
         sets=[_section(item, number) for number, item in enumerate(sets, start=1)],
         gaps=_grid(gap_table(gaps), "gap") if gaps else None,
-        notes=[*notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
-        how=[*found, " ".join([first, *of_scores]), *rest],
+        notes=[*own_notes, *(f"could not be used: {folder}: {reason}" for folder, reason in unusable)],
+        how=[*found, *curves, " ".join([first, *of_scores]), *rest],
     )
 
 
@@ -171,7 +179,7 @@ def _grid(table: pd.DataFrame, first: str = "") -> Grid:
         scores = [name for name in table if name in (*LABELS.values(), "found")][:1]
         lead = [first, *scores, *(["95 %"] if "95 %" in table else [])]
         table = table[[*lead, *(name for name in table if name not in lead)]]
-    return Grid.of(table, WORDS)
+    return Grid.of(table, WORDS, PHRASES)
 
 
 def _finding_plots(item: PageSet, number: int) -> list[tuple[str, str]]:

@@ -82,4 +82,5 @@ def _mark(axes: Axes, drawn: PodPicture, last: float) -> None:
         label += f", bar to a90/95 {figures(drawn.bound)}" if inside else ", a90/95 beyond these sizes"
         axes.plot([drawn.a90, min(drawn.bound, last)], [90, 90], color=INK, linewidth=2, solid_capstyle="butt")
         axes.plot([min(drawn.bound, last)], [90], "|" if inside else ">", color=INK, markersize=12 if inside else 7)
-    axes.plot([], [], "o", color=INK, markersize=6, label=label)
+    marker = "o" if drawn.a90 <= last else ""
+    axes.plot([], [], color=INK, marker=marker, linestyle="", markersize=6, label=label)

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,27 +44,30 @@ class Panel:
 
 
 def save_sheet(
-    path: Path, rows: Sequence[tuple[str, Sequence[Panel]]], columns: Sequence[str], classes: Sequence[str]
+    path: Path, rows: Iterable[tuple[str, Sequence[Panel]]], columns: Sequence[str], classes: Sequence[str]
 ) -> None:
     """Write a sheet as a PNG: a caption and panels per row, a title per column, the classes' colours below.
 
     Labels are drawn as translucent colour with a full outline; class 0 is left clear. Captions and titles that are
     longer than their place go on in the next line. Where panels have text, the caption stands below the first picture,
-    before that text; else below the row. Raises DiskError.
+    before that text; else below the row. Of the rows, which an iterator may make, one is held at a time. Raises
+    DiskError.
     """
     width = max(len(columns) * (TILE + GAP) + GAP, 480)
-    ignored = any(panel.labels is not None and IGNORE in panel.labels for _, panels in rows for panel in panels)
-    legend = draw_legend(classes, width, ignored=ignored)
-    heat = next((panel.heat for _, panels in rows for panel in panels if panel.heat), None)
-    if heat:
-        legend = _below(legend, draw_scale(heat, legend.width, FONT))
-    titles = [_lines(title, TILE) for title in columns]
-    tiles = []
+    ignored = False
+    heats: list[Heat] = []
+    drawn: list[tuple[str, list[Image.Image]]] = []
     for name, (first, *others) in rows:
         below = not (first.text or any(panel.text for panel in others))
         panels = [first if below else replace(first, text=(name, *first.text)), *others]
-        lines = _lines(name, legend.width - 2 * GAP) if below else []
-        tiles.append((lines, [draw_panel(panel, TILE, classes) for panel in panels]))
+        ignored = ignored or any(panel.labels is not None and IGNORE in panel.labels for panel in panels)
+        heats += [panel.heat for panel in panels if panel.heat and not heats]
+        drawn.append((name if below else "", [draw_panel(panel, TILE, classes) for panel in panels]))
+    legend = draw_legend(classes, width, ignored=ignored)
+    if heats:
+        legend = _below(legend, draw_scale(heats[0], legend.width, FONT))
+    titles = [_lines(title, TILE) for title in columns]
+    tiles = [(_lines(name, legend.width - 2 * GAP) if name else [], row) for name, row in drawn]
     heights = [max(tile.height for tile in row) + LINE * len(caption) + GAP for caption, row in tiles]
     top = LINE * max(map(len, titles), default=1) + GAP
     sheet = Image.new("RGB", (legend.width, top + sum(heights) + legend.height), "white")

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from featprobe.cache import Cache
+from featprobe.cache import UNREADABLE, Cache
 from featprobe.specs import Rows
 
 T = TypeVar("T")
@@ -15,6 +15,11 @@ T = TypeVar("T")
 def images_of(cache: Cache, rows: Rows) -> Rows:
     """The images that rows show, each once, in order."""
     return np.array(list(dict.fromkeys(cache.image_of[rows].tolist())), dtype=np.intp)
+
+
+def unreadable_images(cache: Cache) -> int:
+    """How many images of a cache take no part, as they or their labels can't be used."""
+    return len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
 
 
 def rows_showing(cache: Cache, rows: Rows, images: Rows) -> Rows:

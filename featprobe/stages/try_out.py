@@ -20,7 +20,7 @@ from featprobe.io.disk import below, read_json, write_whole
 from featprobe.io.fields import Fault, limits, made
 from featprobe.io.threads import in_threads
 from featprobe.kinds import HeadKind, kind_of, kinds_of
-from featprobe.machine import available_memory, free_disk, minutes_text
+from featprobe.machine import available_memory, free_disk, minutes_text, time_text
 from featprobe.scores import SCORES
 from featprobe.specs import SIZES, BackboneSpec, CacheStore
 from featprobe.splitting import SplitChoice
@@ -326,13 +326,11 @@ def _why_size(chosen: Outline, larger: Outline, sizes: Sequence[Size], most_pixe
     if chosen == larger:
         same = "the size of all images" if len(set(sizes)) == 1 else "the median size of the images"
         return f"{_text(chosen.size)} pixels is {same}"
-    limit = f"--minutes {options.minutes:g} allows (half of it is kept for a busier machine)"
+    said = f"{_text(chosen.size)} pixels, where the median image has {_text(own)}: {_text(larger.size)}"
     if math.prod(larger.size) > most_pixels:
-        limit = "the disk and the memory hold"
-    return (
-        f"{_text(chosen.size)} pixels, where the median image has {_text(own)}: {_text(larger.size)} would take "
-        f"{minutes_text(larger.seconds())}, more than {limit}"
-    )
+        return f"{said} would be more than the disk and the memory hold"
+    limit = f"--minutes {options.minutes:g} allows (half of it is kept for a busier machine)"
+    return f"{said} would take about {time_text(larger.seconds())}, more than {limit}"
 
 
 def _cells(checked: DataCheck, size: Size, fit: Fit) -> list[str]:
@@ -364,7 +362,10 @@ def _plan_lines(outline: Outline, options: TryOptions, checked: DataCheck, folde
         f"  page       {folder / 'index.html'}",
         *(f"  because    {reason}" for reason in outline.reasons),
         *(
-            [f"  note       that is more than the {options.minutes:g} min of --minutes, at the smallest size"]
+            [
+                f"  note       about {time_text(outline.seconds())} is more than the {options.minutes:g} min of "
+                "--minutes, at the smallest size"
+            ]
             if over
             else []
         ),

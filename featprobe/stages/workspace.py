@@ -159,11 +159,7 @@ class Workspace:
         """Raise DataError where no data set has this name, and nothing lies at this path. None is generated."""
         if name in self.data_names() or os.path.exists(name):
             return
-        raise DataError(
-            f"There is no data set {name!r}. {nearest(name, self.data_names())}\n"
-            f"  wanted  {', '.join(GENERATED)}, a name in {self.root / CONFIG}, or a path\n"
-            "List them:  featprobe data"
-        )
+        raise DataError(_absent(name, self.data_names(), self.root / CONFIG))
 
     def check_reading(self, name: str, how: Mapping[str, Any]) -> None:
         """Raise DataError for a set that does not exist, or for options of how it is read, by name, that can't be."""
@@ -306,3 +302,16 @@ def make_generated(
         if not (folder / "annotations").is_dir():  # else another process was faster
             raise
     return folder
+
+
+def _absent(name: str, known: Sequence[str], config: Path) -> str:
+    """The error text for a data set that is neither known nor a path that leads to something."""
+    if os.sep in name:
+        there = next((own for own in Path(name).parents if os.path.exists(own)), None)
+        found = f"\n  found   {there.resolve()}, and nothing of the rest" if there else ""
+        return f"There is no data set {name!r}: nothing lies at this path. Nothing was read.{found}"
+    return (
+        f"There is no data set {name!r}. {nearest(name, known)}\n"
+        f"  wanted  {', '.join(GENERATED)}, a name in {config}, or the path of a folder\n"
+        "List them:  featprobe data"
+    )

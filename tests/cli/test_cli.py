@@ -316,6 +316,8 @@ def test_what_extract_is_wrongly_asked_for_is_answered_in_one_paragraph(
         (["probe", "--seeds", "0"], "--seeds"),
         (["data", "make", "wood"], "'wood' is not one of"),
         (["data", "show", "xray"], "Missing option '--out'"),
+        (["data", "show", "xray", "--out", "sheet.jpg"], "--out sheet.jpg: the picture is a PNG file"),
+        (["data", "info", "../nowhere/parts"], "There is no data set '../nowhere/parts': nothing lies at this"),
         (["nonsense"], "No such command 'nonsense'"),
     ],
 )
@@ -497,6 +499,52 @@ def test_data_is_listed_described_and_drawn(space: Path, tmp_path: Path) -> None
     assert result.exit_code == 0 and "3 images of train" in result.stdout
     with Image.open(tmp_path / "sheet") as sheet:
         assert sheet.format == "PNG" and sheet.height > 3 * 256
+
+
+def test_a_drawn_split_shows_images_without_labels_too_where_more_are_asked_for(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "parts", 6, (32, 32))
+    for mask in sorted((root / "masks").rglob("*.png"))[:2]:
+        with Image.open(mask) as image:
+            plain = Image.new(image.mode, image.size)
+        plain.save(mask)
+    count = as_json(tmp_path, "data", "info", root)["images"]["train"]
+    shown = call(tmp_path, "data", "show", root, "--out", tmp_path / "sheet.png", "--count", 99).stdout
+    assert f"{count} images of train" in shown
+
+
+def test_the_first_file_that_can_not_be_used_names_the_command_that_lists_all(tmp_path: Path) -> None:
+    root = write_set(tmp_path / "parts", 6, (32, 32))
+    image = sorted((root / "images").rglob("*.png"))[0]
+    image.write_bytes(b"")
+    for words in (
+        ["info", root],
+        ["split", root, "--out", tmp_path / "s.csv"],
+        ["convert", root, "--out", tmp_path / "c"],
+    ):
+        said = refusal(tmp_path, "data", *words)
+        assert "is an empty file" in said and f"All files that can't be used:  featprobe data check {root}" in said
+    said = refusal(tmp_path, "data", "info", image)
+    assert f"Name the folder: {image.parent}" in said and "--format" not in said
+
+
+def test_a_study_says_once_why_several_of_its_trainings_failed(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    study = tmp_path / "study.toml"
+    study.write_text(
+        f'data = ["{images}"]\nbackbones = ["embedded"]\nregimes = ["frozen"]\nseeds = 2\nsizes = ["64x64"]\n'
+    )
+    ended = call(tmp_path, "study", study)
+    said = ended.stderr[ended.stderr.rindex("[1/1]") :].splitlines()[2:]
+    assert ended.exit_code == 3 and [line.startswith("failed: ") for line in said[:3]] == [True, True, False]
+    assert all(line.startswith("  ") for line in said[2:]) and sum("can't be written" in line for line in said) == 1
+
+
+def test_a_demo_ends_with_the_command_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featprobe.stages.demo.demo", lambda *_: None)
+    monkeypatch.setattr("featprobe.cli.head_commands.show_probe", lambda *_: None)
+    assert call(tmp_path, "demo").stdout.endswith(f"featprobe --workspace {tmp_path} compare\n")
+    monkeypatch.chdir(tmp_path)
+    assert call(Path(), "demo").stdout.endswith("  featprobe compare\n")
 
 
 def test_backbones_are_listed_with_licences(space: Path) -> None:
@@ -690,7 +738,9 @@ def test_a_cache_that_can_not_be_read_is_named_and_can_be_removed(
 
 def test_rm_asks_first(space: Path, tmp_path: Path) -> None:
     path = spoiled(space, tmp_path, "no")
-    assert call(tmp_path, "cache", "rm", "xray", input="n\n").exit_code == 1
+    for said in ("n\n", ""):  # a no, and nobody who answers
+        refused = call(tmp_path, "cache", "rm", "xray", input=said)
+        assert refused.exit_code == 1 and "Nothing was removed. With --yes" in refused.stderr
     assert path.exists()
     assert call(tmp_path, "cache", "rm", "xray", input="y\n").exit_code == 0
     assert [own.name for own in path.parent.iterdir()] == [f".{path.stem}.lock"]
@@ -704,6 +754,7 @@ def test_rm_of_a_name_means_the_workspace_and_of_a_path_only_caches(
     beside.mkdir()
     monkeypatch.chdir(beside)
     (beside / "net").write_text("thesis")
+    assert "cache rm" not in refusal(tmp_path, "cache", "info", str(beside / "net"))  # no advice to remove other files
     with h5py.File(beside / "model.h5", "w") as file:
         file["weights"] = [1]
     for name, said in {"model.h5": "HDF5, but not a feature cache", str(beside / "net"): "not a feature cache"}.items():

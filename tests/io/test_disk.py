@@ -1,5 +1,6 @@
 """Files that are appended to and parsed: on the disk when a call returns, and no memory for what is too large."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,15 @@ def test_rows_that_fit_no_memory_are_neither_removed_nor_searched(
     monkeypatch.setattr(gap_names, "available_memory", lambda: 100)
     with pytest.raises(FileKindError):
         gap_names.named_in(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        (errno.ENOSPC, "Make room or choose another disk"),
+        (errno.EROFS, "Choose another disk"),
+        (errno.EACCES, "Correct the path or its rights"),
+    ],
+)
+def test_the_advice_is_one_that_helps(code: int, advice: str) -> None:
+    assert disk.to_do(OSError(code, "")) == advice

@@ -81,3 +81,9 @@ def test_any_image_and_any_box_can_be_drawn(height: int, width: int, corner: tup
     for box in (None, (*corner, corner[0] + side, corner[1] + 1), (*corner, 1e30, 1e30)):
         pixels = pixels_of(draw_closeup(image, box).png)
         assert pixels.shape[0] <= SIDE and pixels.shape[1] <= 2 * SIDE + GAP
+
+
+def test_the_gap_between_the_two_has_the_colour_of_the_page() -> None:
+    drawn = Image.open(io.BytesIO(draw_closeup(np.ones((200, 200), np.float32), (50, 50, 90, 90)).png))
+    opaque = np.asarray(drawn.convert("RGBA"))[..., 3] == 255
+    assert not opaque[:, SIDE : SIDE + GAP].any() and opaque[:, :SIDE].all() and opaque[:, SIDE + GAP :].all()

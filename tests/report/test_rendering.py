@@ -40,3 +40,17 @@ def test_a_long_list_of_entries_is_cut_and_the_rest_counted(tmp_path: Path) -> N
     text = page.read_text()
     assert "image199" in text and "image200" not in text and "and 3 more: --json lists all" in text
     assert "Would spoil a study: twice" in text
+
+
+def test_options_in_a_sentence_stay_whole_and_phrases_in_a_table_break() -> None:
+    table = Grid.of(pd.DataFrame({"a": ["1"], "b": ["x y"]}), phrases={"b"})
+    assert table.columns == (("a", ""), ("b", "phrases"))
+    text = render(
+        "check.html",
+        **{
+            **CHECK,
+            "notes": ["it needs --seeds 3, at <script>--x: featprobe finetune --task a.", "a head--on 95 % of 3 px"],
+        },
+    )
+    assert "needs <code>--seeds 3</code>, at &lt;script&gt;--x: <code>featprobe finetune --task a</code>." in text
+    assert "a head--on 95\u00a0% of 3\u00a0px" in text

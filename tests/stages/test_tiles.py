@@ -39,6 +39,7 @@ from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
 from featprobe.metrics import confusion_matrix
 from featprobe.probes import best_classes
+from featprobe.probes.saved import read_card
 from featprobe.specs import BackboneSpec
 from featprobe.splitting import SplitChoice
 from featprobe.stages.commands import commands_of
@@ -457,7 +458,9 @@ def test_an_image_that_can_not_be_read_takes_no_part_with_any_of_its_tiles(tmp_p
     report = extract_into(space.root, data, tile=40, overlap=8, skip_bad=True)
     assert [name for name, _ in report.unreadable] == ["test1.png@0,0"] and not report.missing
     told = probe(space, options=options_of("semseg"))
-    assert told.rows[0]["images"]["test"] == 8 and any("1 of 21 images can't be read" in note for note in told.notes)
+    assert told.rows[0]["images"]["test"] == 8 and any("1 of 21 images takes no part" in note for note in told.notes)
+    card = read_card(space.probes / told.rows[0]["folder"])
+    assert told.rows[0]["unreadable"] == 1 and commands_of(card, [0], "parts")[0].endswith("--skip-bad")
 
 
 def test_a_colleague_without_the_images_can_probe_and_score(tmp_path: Path) -> None:

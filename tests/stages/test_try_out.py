@@ -15,8 +15,9 @@ from test_cli import call, refusal
 from test_first_look import of_boxes, of_labels
 
 from featprobe.cli import start_commands
+from featprobe.machine import time_text
 from featprobe.stages import try_out as module
-from featprobe.stages.try_out import TryOptions, candidates_of, try_out
+from featprobe.stages.try_out import Outline, TryOptions, candidates_of, try_out
 from featprobe.stages.workspace import Workspace
 
 Say = Callable[[str], None]
@@ -160,3 +161,14 @@ def test_candidates_grow_smaller_from_the_median(sizes: list[tuple[int, int]]) -
     heights = [height for height, _ in sizes]
     assert min(heights) <= found[0][0] <= max(heights)
     assert all(side % 32 == 0 and side >= 64 for size in found[1:] for side in size)
+
+
+def test_the_reason_of_a_size_compares_times_with_times() -> None:
+    def outline(side: int, seconds: float) -> Outline:
+        return Outline("", "semseg", "ridge", "own", "own", (side, side), "resize", "maps", 1, {"a": seconds}, ())
+
+    near, larger = outline(64, 1), outline(160, 40)
+    said = module._why_size(near, larger, [(300, 300)], 1e6, TryOptions(minutes=0.5))
+    assert f"160x160 would take about {time_text(larger.seconds())}, more than --minutes 0.5 allows" in said
+    said = module._why_size(near, larger, [(300, 300)], 100, TryOptions(minutes=0.5))
+    assert said.endswith("160x160 would be more than the disk and the memory hold")

@@ -376,6 +376,8 @@ def _refusal(known: Mapping[str, Format], named_format: str, root: Path) -> str:
         near = known[named_format].near
         lacks = near(root).lacks if near else ""
         return f"{said}  wanted  {known[named_format].layout}" + (f"\n  lacks   {lacks}" if lacks else "")
+    if root.is_file():
+        return f"{said}  wanted  the folder of images and labels\nNothing was read. Name the folder: {root.parent}"
     if found := _set_inside(root):
         return f"{said}  nearest {found[0]}, in {found[1]}\nNothing was read. Use that folder."
     nears = {name: entry.near(root) for name, entry in known.items() if entry.near and root.is_dir()}

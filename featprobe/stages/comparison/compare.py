@@ -439,7 +439,8 @@ def _answer(item: ComparedSet, table: Table) -> Answer:
     lead = leading(item.findings) if item.findings else None
     found = defect_sentences(item.findings, item.found_differences, tuned)
     said = [text for text in answer_of(item.lines, item.differences) if text not in found]
-    facts = [data_sentence(item.lines, lead, table.results[0].row.choice.folds), *point_sentence(lead)]
+    folds, unreadable = table.results[0].row.choice.folds, max(own.row.unreadable for own in table.results)
+    facts = [data_sentence(item.lines, lead, folds, unreadable), *point_sentence(lead)]
     facts.append(cost_sentence(item.lines))
     return Answer(item.title, found, said, [fact for fact in facts if fact])
 

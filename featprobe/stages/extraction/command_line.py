@@ -53,6 +53,7 @@ def command_of_card(card: Mapping[str, Any], data: str, table: Mapping[str, Any]
         options,
         tile=options.tile or (0 if table.get("tile") else None),
         views=options.views or (() if "views" in table else None),
+        skip_bad=bool(result.get("unreadable")),
         **{name: value for name, value in card.get("read_as", {}).items() if name in READ_AS},
     )
     return command_of(backbone, data, options, CARD_ORDER)

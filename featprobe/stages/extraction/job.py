@@ -109,7 +109,8 @@ def check_disk(job: Job) -> None:
         raise CacheError(
             f"The disk of {job.path.parent} can't hold these features. Nothing was started.\n"
             f"  wanted  {human_bytes(job.feature_bytes)} for {len(job.rows)} images at "
-            f"{job.recipe.frame[0]}x{job.recipe.frame[1]}, {job.recipe.kept_as}\n"
+            f"{job.recipe.frame[0]}x{job.recipe.frame[1]}, {job.recipe.kept_as}, "
+            f"and {human_bytes(DISK_RESERVE)} to spare\n"
             f"  found   {human_bytes(free)} free\n"
             "Choose fewer levels (--levels), a smaller --size, or another disk (featprobe --workspace DIR extract …).\n"
             "Where only whole images get a verdict, --store pooled keeps no maps."

@@ -142,7 +142,10 @@ def read_study(path: Path, workspace: Workspace) -> Study:
     try:
         values = read_toml(path)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} can't be read as a study: {error}.") from error
+        raise DataError(
+            f"{path} can't be read as a study: {error}.\n"
+            "  wanted  a TOML file, as this prints:  featprobe study --template"
+        ) from error
     faults = faults_of(Study, values)
     bad = {fault.place for fault in faults}
     sound = {} if () in bad else _sound(values, bad)

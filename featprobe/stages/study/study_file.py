@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import MISSING, field, fields, make_dataclass
+from dataclasses import MISSING, field, fields, make_dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -162,7 +162,21 @@ def _schema_of(study: type, names: tuple[str, ...]) -> type:
 
 def faults_of(study: type, values: Mapping[str, Any]) -> list[Fault]:
     """Everything in a study file that is of a wrong type, out of its limits or unknown."""
-    return check(schema_of(study), values)
+    return [_misplaced(fault) for fault in check(schema_of(study), values)]
+
+
+def _misplaced(fault: Fault) -> Fault:
+    """A fault, which says of a key that is known elsewhere where it belongs: in TOML a section ends at the next one."""
+    *table, key = fault.place or ("",)
+    if not fault.said.startswith("unknown.") or key == "regime":  # of that, the list is meant
+        return fault
+    if table and key in SAID and key not in ("train", "tuning"):
+        return replace(
+            fault, said="it is a key of the study itself, and stands under a section. Put it above all [sections]"
+        )
+    sections = {"[train.all]": SAID_OF_TRAINING, "[tuning]": SAID_OF_TUNING}
+    homes = [name for name, said in sections.items() if key in said and name[1:-1].split(".") != table]
+    return replace(fault, said=f"it belongs below {' or '.join(homes)}") if homes else fault
 
 
 def schema(study: type) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featprobe.backbones.given import at_hand
-from featprobe.cache import UNREADABLE, Cache
+from featprobe.cache import Cache
 from featprobe.errors import (
     DataError,
     counted,
@@ -21,6 +21,7 @@ from featprobe.splitting import SplitChoice
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.missing import make_missing
 from featprobe.stages.partition import Partition, single_splits, split_notes
+from featprobe.stages.row_images import unreadable_images
 from featprobe.stages.training.agenda import on_the_agenda
 from featprobe.stages.training.asked import checked, find_caches, labels_for, reads_pooled
 from featprobe.stages.training.ladder import Ladder, climb_all, left_behind
@@ -160,7 +161,8 @@ def notes_of(cache: Cache, task: str, choice: SplitChoice) -> list[str]:
         )
     if SCORES[task].objects and not cache.own_ids:
         notes.append("its files call several images by one id, so predictions.json counts the images from 1")
-    unreadable = len(set(cache.image_of[cache.done == UNREADABLE].tolist()))
-    if unreadable:
-        notes.append(f"{unreadable} of {count} images can't be read and take no part")
+    if unreadable := unreadable_images(cache):
+        all_of_them = f"of {counted(count, 'image')}"
+        said = counted(unreadable, f"{all_of_them} takes no part: it", f"{all_of_them} take no part: they")
+        notes.append(f"{said} or the labels can't be used")
     return notes

@@ -26,7 +26,7 @@ from featprobe.result_rows import (
     Treatment,
 )
 from featprobe.stages.extraction.origin import spec_of
-from featprobe.stages.row_images import images_of
+from featprobe.stages.row_images import images_of, unreadable_images
 from featprobe.stages.tasks.task import Outcome
 from featprobe.stages.training.fit import Fitted, kept
 from featprobe.stages.training.prepared import Prepared
@@ -76,6 +76,7 @@ def row_of(
         fraction=training.fraction,
         subset=training.subset,
         images=Counts(**{split: len(images_of(cache, rows)) for split, rows in prepared.rows.items()}),
+        unreadable=unreadable_images(cache),
         groups=Counts(**{s: len({groups[r] for r in rows.tolist()}) for s, rows in prepared.rows.items()}),
         absent_classes=options.absent,
         instances=options.instances,

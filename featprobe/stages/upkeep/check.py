@@ -26,7 +26,7 @@ from featprobe.io.threads import in_threads
 from featprobe.report.check_page import write_check_page
 from featprobe.report.sheets import Panel, save_sheet
 from featprobe.stages.progress import counting
-from featprobe.stages.upkeep.describe import contact_sheet, spread
+from featprobe.stages.upkeep.describe import contact_sheet, share_text, spread
 from featprobe.targets import Target, pixels_of_each
 
 STRIDES = (4, 8, 16, 32)
@@ -200,10 +200,10 @@ def class_table(checked: DataCheck) -> pd.DataFrame:
     splits = [own["classes"] for own in checked.splits.values()]
     names = "/".join(split or "no split" for split in checked.splits)
     table = {"class": list(checked.classes)}
-    for part, kind in (("images", "d"), ("instances", "d"), ("pixels", ".2%")):
+    for part, said in (("images", str), ("instances", str), ("pixels", share_text)):
         values = [[own[name][part] for own in splits] for name in checked.classes]
         if any(value is not None for row in values for value in row):
-            texts = [" / ".join(format(v, kind) for v in row if v is not None) for row in values]
+            texts = [" / ".join(said(v) for v in row if v is not None) for row in values]
             table[f"{part} ({names})"] = texts
     return pd.DataFrame(table)
 
@@ -412,6 +412,10 @@ def _of_labels(data: DataSet, found: Sequence[Looked]) -> list[Finding]:
             Finding("no_label", False, f"{counted(len(unknown), 'image has', 'images have')} no label", unknown)
         )
     counts = label_counts(names, [sample.split for sample in samples], held) or {}
+    given = sorted({name or NO_LABEL for own in counts.values() for name, count in own.items() if count})
+    if len(given) == 1 and not data.tasks:
+        text = f"all images have the label {given[0]}: there is nothing to tell apart, and no defect to test on"
+        findings.append(Finding("one_label", True, text, ()))
     lacking = [(name or NO_LABEL, split) for split, own in counts.items() for name, count in own.items() if not count]
     if lacking:
         text = f"labels are missing in a split: {listed([f'{name} in {split}' for name, split in lacking], 8)}"
@@ -479,4 +483,4 @@ def object_line(objects: Objects) -> str:
     kind = counted(objects.count, *(("object",) if objects.of == "instances" else parts))
     height, width = objects.frame
     tiles = f" from tiles of {objects.tile}" if objects.tile else ""
-    return f"{kind}, at {height}x{width} pixels{tiles}: median side {objects.median:.1f}"
+    return f"{kind}, at {height}x{width} pixels{tiles}: median side {objects.median:.1f} pixels"

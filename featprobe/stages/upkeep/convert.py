@@ -19,6 +19,7 @@ from featprobe.errors import DataError
 from featprobe.image_labels import LabelNames
 from featprobe.io.disk import new_folder, write_whole
 from featprobe.stages.progress import counting
+from featprobe.stages.upkeep.describe import one_of_all
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def convert(data: DataSet, out: Path, *, link: bool = False, quiet: bool = False
         )
     if data.label_names:
         return _convert_labels(data, data.label_names, out, link, quiet)
-    with new_folder(out) as temporary:
+    with one_of_all(data), new_folder(out) as temporary:
         files = CocoFiles(SPLITS)
         for sample in counting(data.samples, len(data.samples), "converting", "img", quiet=quiet):
             size = image_size(sample.image)
@@ -71,7 +72,7 @@ def _convert_labels(data: DataSet, names: LabelNames, out: Path, link: bool, qui
             "Nothing was changed. Rename them."
         )
     rows, counts = [], dict.fromkeys(SPLITS, 0)
-    with new_folder(out) as temporary:
+    with one_of_all(data), new_folder(out) as temporary:
         for sample in counting(data.samples, len(data.samples), "converting", "img", quiet=quiet):
             where = f"{data.root}, image {sample.id}"
             held = data.read_target(sample, image_size(sample.image)).labels

@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,15 @@ class DataSummary:
         return "\n".join([f"[data.{name}]", *lines])
 
 
+def share_text(share: float) -> str:
+    """A share of pixels in percent; one that is not 0 does not look like it.
+
+    >>> share_text(0.12345), share_text(0), share_text(0.00001)
+    ('12.35%', '0.00%', '<0.01%')
+    """
+    return "<0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
+
+
 def toml_text(value: bool | str | Sequence[str]) -> str:
     r"""A text or a list of texts in TOML, in single quotes where possible: these keep backslashes.
 
@@ -81,8 +92,23 @@ def toml_text(value: bool | str | Sequence[str]) -> str:
     return f"'{value}'" if plain else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+@contextmanager
+def one_of_all(data: DataSet) -> Iterator[None]:
+    """Add to the error of the first image or label that can't be used the command that lists all of them."""
+    try:
+        yield
+    except DataError as error:
+        command = shlex.join(["featprobe", "data", "check", str(data.root)])
+        raise type(error)(f"{error}\nAll files that can't be used:  {command}") from error
+
+
 def summarise(data: DataSet) -> DataSummary:
     """Read all labels of a data set and count them; raises DataError for the first bad label."""
+    with one_of_all(data):
+        return _counted(data)
+
+
+def _counted(data: DataSet) -> DataSummary:
     headers = [header_of(sample.image) for sample in data.samples]
     sizes = [header.size for header in headers]
     counts = np.zeros(256, dtype=np.int64)
@@ -154,7 +180,8 @@ def write_split(
         )
     if seed and choice.by == "own":
         raise DataError("--seed would change nothing in the set's own split. Omit it, or use --split group.")
-    targets = [data.read_target(sample, image_size(sample.image)) for sample in data.samples]
+    with one_of_all(data):
+        targets = [data.read_target(sample, image_size(sample.image)) for sample in data.samples]
     classes = [classes_in(target) for target in targets]
     named = names_held(data.tasks, data.classes, data.label_names)
     good = verdicts(data.label_names, [target.labels for target in targets])
@@ -221,19 +248,28 @@ def contact_sheet(
     samples = data.in_split(split)
     if not samples:
         raise DataError(f"{data.name} has no {split} split. wanted: one of train, val, test.")
-    labelled = [sample for sample in samples if _is_labelled(data, sample)]
-    chosen = spread(labelled, count) or spread(samples, count)
-    policy = Intensity.parse(intensity) if intensity else default_intensity(bits_of(chosen[0].image))
-    window = training_window([s.image for s in data.in_split("train")], policy)
-    rows = []
-    for sample in chosen:
-        image = to_unit(read_levels(sample.image), window, policy)
-        target = data.read_target(sample, image_size(sample.image))
-        of_image = held_text(data.label_names, target.labels) if data.label_names else ""
-        drawn = [Panel(image, target.semantic, target.instances or ())] if data.tasks else []
-        rows.append((f"{sample.id}  ({sample.group}){of_image and f': {of_image}'}", [Panel(image), *drawn]))
-    save_sheet(out, rows, ["image", "labels"][: 1 + bool(data.tasks)], data.classes)
+    with one_of_all(data):
+        labelled = [sample for sample in samples if _is_labelled(data, sample)]
+        others = {sample.id for sample in samples} - {sample.id for sample in labelled}
+        plain = spread([sample for sample in samples if sample.id in others], max(0, count - len(labelled)))
+        chosen = [*spread(labelled, count), *plain]
+        policy = Intensity.parse(intensity) if intensity else default_intensity(bits_of(chosen[0].image))
+        window = training_window([s.image for s in data.in_split("train")], policy)
+        rows = (_row(data, sample, window, policy) for sample in chosen)  # one image in memory at a time
+        save_sheet(out, rows, ["image", "labels"][: 1 + bool(data.tasks)], data.classes)
     return [sample.id for sample in chosen]
+
+
+def _row(
+    data: DataSet, sample: Sample, window: tuple[float, float] | None, policy: Intensity
+) -> tuple[str, list[Panel]]:
+    """An image beside its labels, as a row of a sheet."""
+    image = to_unit(read_levels(sample.image), window, policy)
+    target = data.read_target(sample, image_size(sample.image))
+    of_image = held_text(data.label_names, target.labels) if data.label_names else ""
+    drawn = [Panel(image, target.semantic, target.instances or ())] if data.tasks else []
+    group = f"  ({sample.group})" if sample.group != sample.id else ""
+    return f"{sample.id}{group}{of_image and f': {of_image}'}", [Panel(image), *drawn]
 
 
 def _is_labelled(data: DataSet, sample: Sample) -> bool:

@@ -444,7 +444,7 @@ def test_names_of_the_user_stand_before_those_of_a_labelmap(tmp_path: Path) -> N
         ("pore:a,b,c::\n", "line 1: wanted a whole number from 0 on, found 'a'"),
         ("pore:1,1,1::\npore:2,2,2::\n", "names pore twice"),
         ("pore:1,1,1::\ncrack:1,1,1::\n", "twice. wanted: each name and each colour once"),
-        ("# nothing\n", "labelmap.txt names 1 classes"),
+        ("# nothing\n", "labelmap.txt names 1 class ("),
         (LABELMAP.replace("1,2,3", "3,2,1"), "found   #010203"),
     ],
 )

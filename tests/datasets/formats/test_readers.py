@@ -475,7 +475,7 @@ def test_folders_of_several_splits_are_the_splits(tmp_path: Path, folders: tuple
     ("classes", "said"),
     [
         ("0,0,255 rock\n0,255,0 pore\n", "colours that belong to no class"),
-        ("0,0,255 rock\n", "names 1 classes"),
+        ("0,0,255 rock\n", "names 1 class ("),
         ("0,0,255 rock\n255,0,0 rock\n", "each once"),
         ("0,0,255 rock\n0,0,255 pore\n", "names the colour 0,0,255 again"),
         ("0,0,256 rock\n", "line 1: wanted R,G,B"),

@@ -142,6 +142,8 @@ def test_data_and_cost_are_said_in_words() -> None:
     )
     assert data_sentence([line(), line(size="32x32")], None).endswith("of 64x64 or 32x32 pixels, tested on 48 other "
                                                                       "images of 24 groups.")  # fmt: skip
+    broken = data_sentence([line()], None, unreadable=4)
+    assert broken.endswith("of 24 groups. 4 more images took no part: they or their labels can't be used.")
     folds = data_sentence([line()], None, 5)
     assert "5 folds, each trained on 97 images of 64x64 pixels, tested on all 48 images, each once by a head" in folds
     cost = cost_sentence([line(), line(train_seconds=15.0), line("full", train_seconds=1500.0)])

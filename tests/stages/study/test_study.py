@@ -108,6 +108,19 @@ def test_all_that_does_not_exist_is_said_at_once_and_nothing_is_run(workspace: W
         "train.linear.learning_rate: unknown.", "tuning.backbone: unknown.", "featprobe study --template",
     ):  # fmt: skip
         assert said in str(error.value)
+    text = 'data = ["surface"]\nbackbones = ["embedded"]\niterations = 3\nbn = "train"\nclip = 1\n'
+    text += '[train.linear]\nseeds = 2\nema = 0.5\n[tuning]\ndata = ["surface"]\n'
+    with pytest.raises(DataError) as error:
+        read_study(written(tmp_path, text), workspace)
+    for said in (
+        "train.linear.seeds: it is a key of the study itself", "tuning.data: it is a key of the study itself",
+        "iterations: it belongs below [train.all]", "bn: it belongs below [tuning]",
+        "linear.ema: it belongs below [tuning]",
+        "clip: it belongs below [train.all] or [tuning]",
+    ):  # fmt: skip
+        assert said in str(error.value)
+    with pytest.raises(DataError, match=r"can't be read as a study: (.|\n)*wanted  a TOML file"):
+        read_study(written(tmp_path, "data: [surface]"), workspace)
     with pytest.raises(DataError, match=r"data: it is missing(.|\n)*backbone: unknown. Did you mean backbones?"):
         read_study(written(tmp_path, 'backbone = ["embedded"]'), workspace)
     assert not workspace.cache_files()

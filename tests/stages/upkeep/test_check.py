@@ -384,6 +384,15 @@ def test_what_spoils_labels_of_images_is_found(tmp_path: Path) -> None:
     assert {("dent", "val"), ("scratch", "train")} <= {*map(tuple, entries["missing_label"])}
 
 
+def test_one_label_for_all_images_spoils_a_study(tmp_path: Path) -> None:
+    root = class_set(tmp_path / "set")
+    for folder in root.glob("*/dent"):
+        shutil.rmtree(folder)
+    found, code = checked(root)
+    (only,) = [finding for finding in found["findings"] if finding["kind"] == "one_label"]
+    assert code == 3 and only["spoils"] and "all images have the label good" in only["text"]
+
+
 def test_groups_of_both_verdicts_in_two_splits_are_named_as_a_note(tmp_path: Path) -> None:
     found, code = checked(class_set(tmp_path / "set"), "--group-from", "_(.)")
     (mixed,) = [finding for finding in found["findings"] if finding["kind"] == "mixed_verdicts"]
