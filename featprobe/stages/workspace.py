@@ -15,7 +15,7 @@ from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.geometry import Spacing, spacing_of
-from featprobe.io.disk import is_there, listable, new_folder, plain_name, read_toml
+from featprobe.io.disk import is_there, listable, may_be_listed, new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
@@ -206,8 +206,11 @@ class Workspace:
         return name if known else str(root.resolve())
 
     def cache_files(self) -> list[Path]:
-        """Every cache file here, by data set and name. Raises FeatprobeError where their folder may not be read."""
-        return sorted(listable(self.cache).glob("*/*.h5"))
+        """Every cache file here, by data set and name. A data set's folder that may not be read stands for its files:
+        opening it is a CacheError that says so. Raises FeatprobeError where the folder of all may not be read.
+        """
+        shut = [own for own in listable(self.cache).glob("*/") if not may_be_listed(own)]
+        return sorted([*self.cache.glob("*/*.h5"), *shut])
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError.
