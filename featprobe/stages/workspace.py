@@ -206,11 +206,10 @@ class Workspace:
         return name if known else str(root.resolve())
 
     def cache_files(self) -> list[Path]:
-        """Every cache file here, by data set and name. A data set's folder that may not be read stands for its files:
-        opening it is a CacheError that says so. Raises FeatprobeError where the folder of all may not be read.
-        """
-        shut = [own for own in listable(self.cache).glob("*/") if not may_be_listed(own)]
-        return sorted([*self.cache.glob("*/*.h5"), *shut])
+        """Every cache file here, and each folder that may not be read, in place of its own: opening it says so.
+
+        Sorted. Raises FeatprobeError where their folder may not be read."""
+        return _caches_below(listable(self.cache))
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError.
@@ -262,6 +261,11 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
+
+
+def _caches_below(folder: Path) -> list[Path]:
+    """See Workspace.cache_files."""
+    return sorted([*folder.glob("*/*.h5"), *(own for own in folder.glob("*/") if not may_be_listed(own))])
 
 
 def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:
