@@ -25,10 +25,7 @@ DRIVERS = ("nvidia", "nvhost", "nvmap", "nvgpu", "kfd", "dxg")
 def check_device(name: str) -> None:
     """Raise BackboneError for what is no name of a device, as cpu or cuda:1; whether it is here, torch knows."""
     if not re.fullmatch(rf"({'|'.join(DEVICES)})(:\d{{1,3}})?", name):
-        raise BackboneError(
-            f"There is no device {name!r} here.\n  wanted  one of {', '.join(DEVICES)}, or the second GPU as cuda:1\n"
-            "Omit --device to use the best available device."
-        )
+        raise BackboneError(no_device(name, f"{', '.join(DEVICES)}, or the second GPU as cuda:1"))
 
 
 def lacks_accelerator(devices: Path = Path("/dev")) -> bool:
@@ -41,6 +38,21 @@ def lacks_accelerator(devices: Path = Path("/dev")) -> bool:
     except OSError:
         return False
     return sys.platform == "linux" and not any(name.startswith(DRIVERS) for name in names)
+
+
+def check_here(name: str) -> None:
+    """Raise BackboneError for a device that surely is not here; torch, which takes seconds to load, knows the others.
+
+    name: that of a device.
+    """
+    if name.partition(":")[0] != "cpu" and lacks_accelerator():
+        raise BackboneError(no_device(name, "cpu"))
+
+
+def no_device(name: str, present: str) -> str:
+    """The text of an error. present: the devices that are here."""
+    to_do = "Omit --device to use the best available device."
+    return f"There is no device {name!r} here.\n  wanted  one of {present}\n{to_do}"
 
 
 def launched() -> tuple[int, int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from featprobe.errors import BackboneError, ProbeError
-from featprobe.machine import DEVICES, check_device, launched
+from featprobe.machine import DEVICES, check_device, launched, no_device
 
 LONGEST_WAIT = timedelta(hours=2)  # the others wait so long for the main process, which solves, scores and writes alone
 T = TypeVar("T")
@@ -40,11 +40,7 @@ def pick_device(name: str | None) -> torch.device:
     family, _, number = kind.partition(":")
     if not present[family] or (family == "cuda" and int(number or 0) >= torch.cuda.device_count()):
         gpus = [f"cuda:{i}" for i in range(1, torch.cuda.device_count())] if present["cuda"] else []
-        raise BackboneError(
-            f"There is no device {kind!r} here.\n"
-            f"  wanted  one of {', '.join([*(k for k, here in present.items() if here), *gpus])}\n"
-            "Omit --device to use the best available device."
-        )
+        raise BackboneError(no_device(kind, ", ".join([*(k for k, here in present.items() if here), *gpus])))
     if kind == "cuda" and "LOCAL_RANK" in os.environ:
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
     return torch.device(kind)

@@ -25,7 +25,7 @@ from featprobe.cli.help import (
 from featprobe.errors import as_usage
 from featprobe.io.texts import printable
 from featprobe.kinds import CORESET, FALSE_CALLS, LOSSES
-from featprobe.machine import check_device
+from featprobe.machine import check_device, check_here
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,10 +41,11 @@ wanted, head, training = map(under, ("What to train", "Head", "Training"))
 
 
 def device_name(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
-    """A name of a device, which may not be here."""
-    with as_usage():
-        if name is not None:
+    """A name of a device, which is not here only where torch alone knows that."""
+    if name is not None:
+        with as_usage():
             check_device(name)
+        check_here(name)
     return name
 
 

@@ -353,12 +353,19 @@ def listable(folder: Path) -> Path:
     """The same folder, there or not. Raises FeatprobeError where its names may not be read: then a search finds nothing
     in it, and says nothing.
     """
+    if not may_be_listed(folder):
+        raise FeatprobeError(f"{folder} can't be looked into: {os.strerror(errno.EACCES)}. Correct its rights.")
+    return folder
+
+
+def may_be_listed(folder: Path) -> bool:
+    """Whether the rights of a folder, there or not, let its names be read."""
     with suppress(FileNotFoundError, NotADirectoryError):
         try:
             os.scandir(folder).close()
-        except PermissionError as error:
-            raise FeatprobeError(f"{folder} can't be looked into: {error.strerror}. Correct its rights.") from error
-    return folder
+        except PermissionError:
+            return False
+    return True
 
 
 def is_there(path: Path) -> bool:
@@ -380,13 +387,15 @@ def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY, 0o666)
     try:
         _check_regular(path, os.fstat(handle))
-    except FileKindError:
+    except (FileKindError, OSError):
         os.close(handle)
         raise
     return handle
 
 
 def _check_regular(path: str | os.PathLike[str], found: os.stat_result) -> None:
+    if stat.S_ISDIR(found.st_mode) and not may_be_listed(Path(path)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), os.fspath(path))
     if not stat.S_ISREG(found.st_mode) and not stat.S_ISLNK(found.st_mode):  # opening refuses a link
         raise FileKindError(
             f"{os.fspath(path)} is not a regular file, but a folder, pipe, device or socket. It was not read."

@@ -19,6 +19,15 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def one_line(text: str) -> str:
+    r"""The same with its line breaks escaped, too, so that it can't pass for two lines.
+
+    >>> one_line("a note\nerror: none")
+    'a note\\u000aerror: none'
+    """
+    return printable(text).replace("\n", "\\u000a")
+
+
 def beyond_locale() -> str:
     """What to do where names of files are no UTF-8 text because of the locale; "" where they may be any text."""
     encoding = sys.getfilesystemencoding()

@@ -211,6 +211,7 @@ def check_fingerprint(folder: Path, wanted: Mapping[str, Any], recipe: FeatureRe
     differing = [name for name in FINGERPRINT if wanted.get(name) != found.get(name)]
     if differing:
         lines = [f"  {name}\n    wanted  {wanted.get(name)}\n    found   {found.get(name)}" for name in differing]
+        lines += ["Name the weights that it was trained on:  --weights FILE"] if "weights_sha256" in differing else []
         raise ProbeError(f"{folder} was trained on other features. Nothing was computed.\n" + "\n".join(lines))
 
 

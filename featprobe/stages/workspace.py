@@ -15,7 +15,7 @@ from featprobe.datasets import GENERATED, DataSet
 from featprobe.datasets.names import name_of
 from featprobe.errors import CacheError, DataError, DiskError, FeatprobeError, counted, nearest
 from featprobe.geometry import Spacing, spacing_of
-from featprobe.io.disk import is_there, listable, new_folder, plain_name, read_toml
+from featprobe.io.disk import is_there, listable, may_be_listed, new_folder, plain_name, read_toml
 from featprobe.io.fields import Fault, message
 from featprobe.io.plugins import BACKBONES, names_in
 from featprobe.specs import BackboneSpec
@@ -202,8 +202,10 @@ class Workspace:
         return name if known else str(root.resolve())
 
     def cache_files(self) -> list[Path]:
-        """Every cache file here, by data set and name. Raises FeatprobeError where their folder may not be read."""
-        return sorted(listable(self.cache).glob("*/*.h5"))
+        """Every cache file here, and each folder that may not be read, in place of its own: opening it says so.
+
+        Sorted. Raises FeatprobeError where their folder may not be read."""
+        return _caches_below(listable(self.cache))
 
     def find_caches(self, text: str) -> list[Path]:
         """The caches that a path, a data set's name or a part of a file's name means; raises CacheError.
@@ -255,6 +257,11 @@ class Workspace:
             to_do = "Correct it, then run the same command again."
             raise FeatprobeError(message(f"{path} can't be used. Nothing was computed.", faults, to_do))
         return config
+
+
+def _caches_below(folder: Path) -> list[Path]:
+    """See Workspace.cache_files."""
+    return sorted([*folder.glob("*/*.h5"), *(own for own in folder.glob("*/") if not may_be_listed(own))])
 
 
 def backbone_of(workspace: Workspace, name: str) -> BackboneSpec:

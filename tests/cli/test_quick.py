@@ -15,6 +15,7 @@ from featprobe.backbones import timm_names
 from featprobe.cli.main import cli
 from featprobe.cli.stopping import KEPT
 from featprobe.errors import FeatprobeError, ProbeError, UsageError, as_usage
+from featprobe.machine import lacks_accelerator
 
 PACKAGE = Path(errors.__file__).parent
 ON_XRAY = ["extract", "--data", "xray", "--backbone", "embedded"]
@@ -85,6 +86,18 @@ def test_wrong_words_end_with_2_before_torch_is_loaded(tmp_path: Path) -> None:
         assert (code, printed, heavy) == (2, "", []), (words, told)
         assert told.startswith("featprobe: ") and said in told, (words, told)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not lacks_accelerator(), reason="this machine may have a GPU")
+@pytest.mark.parametrize("words", [["probe"], ["finetune"], ON_XRAY, ["predict", "head", "image"]])
+def test_a_gpu_that_is_not_here_is_refused_before_torch_is_loaded(words: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom featprobe.cli.main import cli\ntry: cli(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, "--workspace", str(tmp_path), *words, "--device", "cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "False\n"), done.stderr
+    assert "no device 'cuda' here.\n  wanted  one of cpu\n" in done.stderr
 
 
 def test_a_study_with_misspelt_names_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:

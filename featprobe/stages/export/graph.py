@@ -24,6 +24,8 @@ from featprobe.stages.outputs import Piece
 from featprobe.stages.predictor import Predictor
 
 ROWS_OF_BLOCK = 64  # of a banded matrix
+FORMAT = {"fp16": (11, 2.0**-14), "bf16": (8, 2.0**-126)}
+"""Significant bits of a number format, and its smallest number that has them all."""
 SPLIT_16 = 2.0**8 + 1
 """Dekker's factor: it splits off the upper 16 of float32's 24 significant bits."""
 
@@ -306,7 +308,7 @@ def rounded(m: Tensor, dtype: str) -> Tensor:
     """A map as it comes back from a cache of this number format, in float32: (batch, channels, rows, columns)."""
     if dtype == "int8":
         return _coded(m)
-    return m.to(TORCH_DTYPE[dtype]).to(torch.float32)
+    return m if dtype == "fp32" else _nearest(m, *FORMAT[dtype])
 
 
 def _coded(m: Tensor) -> Tensor:
@@ -315,14 +317,27 @@ def _coded(m: Tensor) -> Tensor:
     The scale is rounded up to 16 significant bits there by its bits; here by Dekker's product, which rounds to the
     nearest such number, and a step up where that lies below.
     """
-    x = m.half().float()
+    x = _nearest(m, *FORMAT["fp16"])
     low = x.amin((2, 3), keepdim=True)
     scale = (x.amax((2, 3), keepdim=True) - low) / CODES
     nearest = _upper_bits(scale)
     above = _upper_bits(nearest * (1 + 0.75 * 2.0**-15))  # the next of them: 0.75 to 1.5 steps on, rounded
     scale = torch.where(nearest < scale, above, nearest)
     codes = ((x - low) / torch.where(scale > 0, scale, 1.0)).round()
-    return (low + codes * scale).half().float()
+    return _nearest(low + codes * scale, *FORMAT["fp16"])
+
+
+def _nearest(x: Tensor, bits: int, least: float) -> Tensor:
+    """The nearest numbers of so many significant bits, of two as near the even one.
+
+    By sums in float32: OpenVINO computes all in float32 on a CPU and removes what only converts there and back. A sum
+    with a power of two (one and a half of it, so that signs don't matter) is rounded at the place where the wanted
+    bits end. The power of two below x: Rump, Ogita and Oishi (2008), algorithm 3.5.
+    """
+    product = x * (2.0**23 + 1)
+    power = (product - (product - product * 2.0**-24)).abs().clamp(min=least)  # exporters drop a factor of 1 - 2**-24
+    shift = power * (1.5 * 2.0 ** (24 - bits))
+    return (x + shift) - shift
 
 
 def _upper_bits(x: Tensor) -> Tensor:

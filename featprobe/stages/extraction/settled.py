@@ -23,6 +23,7 @@ from featprobe.datasets.formats import places_of
 from featprobe.errors import DiskError, FeatprobeError, FileKindError
 from featprobe.io.disk import read_json, write_whole
 from featprobe.io.plugins import DATASETS, names_in
+from featprobe.io.texts import one_line
 from featprobe.specs import BackboneSpec, CachePrecision
 from featprobe.stages.extraction.cache_precision import settle_precision
 from featprobe.stages.extraction.extract_options import OF_ONE_RUN, ExtractOptions
@@ -128,14 +129,18 @@ def _files(places: Sequence[Path]) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def answers_to(asked: Asked) -> Iterator[Settled]:
-    """The caches that were the answer to this; what can't be read, or is of another version, is ignored."""
+    """The caches that were the answer to this; what can't be read, or is of another version, is ignored.
+
+    So are notes that could pass for other lines of a terminal: the file may be a colleague's.
+    """
     for kept in sorted(asked.folder.glob(".*.look")) if asked.listing else []:
         try:
             said: Any = read_json(kept, MOST_BYTES)
             if (said["version"], said["request"], said["listing"]) == (LOOK_VERSION, asked.request, asked.listing):
                 path = asked.folder / f"{kept.name.removeprefix('.').removesuffix('.look')}.h5"
                 identity, weights, notes = said["identity_sha256"], said["weights"], said["notes"]
-                yield Settled(path, str(identity), str(weights), tuple(map(str, notes)))
+                if all(note == one_line(note) for note in notes):
+                    yield Settled(path, str(identity), str(weights), tuple(notes))
         except (OSError, ValueError, KeyError, TypeError, FileKindError):
             continue
 

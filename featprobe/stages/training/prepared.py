@@ -1,7 +1,8 @@
 """A training with its labels read: the rows it trains on, its heads before the first step, where features come from."""
 
+import shlex
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from featprobe.backbones.precision import resolve
-from featprobe.cache import Cache
+from featprobe.cache import Cache, open_cache
 from featprobe.cache.reader import FeatureLoader
-from featprobe.errors import ProbeError
+from featprobe.errors import CacheError, ProbeError
 from featprobe.features import Features
 from featprobe.kinds import TrainRecipe
 from featprobe.levels import FeatureLevel
@@ -190,20 +191,38 @@ def _backbone(training: Training, levels: Sequence[FeatureLevel]) -> "Backbone":
     cache = training.partition.source
     spec = spec_of(cache)
     backbone = load_backbone(spec, [level.name for level in levels], training.device)
-    if backbone.identity != cache.recipe.backbone:
-        raise ProbeError(
-            f"{cache.path} was made by another network than {spec.label} is now. Nothing was trained.\n"
-            f"  wanted  {cache.recipe.backbone}\n  found   {backbone.identity}"
-        )
-    if backbone.sha256 != cache.recipe.weights_sha256:
-        raise ProbeError(
-            f"{cache.path} was made from other weights than {spec.label} has now. Nothing was trained.\n"
-            f"  wanted  sha256 {cache.recipe.weights_sha256[:16]}…\n  found   sha256 {backbone.sha256[:16]}…"
-        )
+    if (backbone.identity, backbone.sha256) != (cache.recipe.backbone, cache.recipe.weights_sha256):
+        raise _of_other_weights(cache, spec.label, backbone)
     backbone.fit(cache.recipe.frame, cache.recipe.sized)
     check_same(cache, backbone, training.device)
     backbone.compiled = bool(training.tuning and training.tuning.compile)
     return backbone
+
+
+def _of_other_weights(cache: Cache, label: str, backbone: "Backbone") -> ProbeError:
+    """The error for a cache whose label means another network, or other weights, by now."""
+    recipe = cache.recipe
+    remove = f"featprobe cache rm {shlex.quote(str(cache.path))} --yes"
+    present = [other.path for other in _beside(cache) if other.recipe.weights_sha256 == backbone.sha256]
+    if present:
+        to_do = f"{present[0]} was made from what it is now. Remove the other file, then run the same command again:"
+    else:
+        to_do = f"Put the old weights back, or make a new file and remove this one:\n  {cache.contents.command}"
+    return ProbeError(
+        f"{cache.path} was made from other weights than {label} has now. Nothing was trained.\n"
+        f"  wanted  {recipe.backbone}, sha256 {recipe.weights_sha256[:16]}…  (what the file was made from)\n"
+        f"  found   {backbone.identity}, sha256 {backbone.sha256[:16]}…  (what {label} is now)\n"
+        f"{to_do}\n  {remove}\nHeads on frozen features are trained from it as it is: featprobe probe"
+    )
+
+
+def _beside(cache: Cache) -> Iterator[Cache]:
+    """The other caches of the same data set and label that can be opened."""
+    for path in sorted(cache.path.parent.glob("*.h5")):
+        with suppress(CacheError):
+            other = open_cache(path)
+            if path != cache.path and other.recipe.label == cache.recipe.label:
+                yield other
 
 
 def keep_on_device(prepared: Prepared, source: Source) -> str:

@@ -30,7 +30,7 @@ from featprobe.cache.header import FILE_VERSION
 from featprobe.cache.legacy import disagreements
 from featprobe.cache.pooled_file import pooled_path, read_pooled, rows_digest
 from featprobe.errors import CacheError, FeatprobeError, counted
-from featprobe.io.disk import remove_leftovers
+from featprobe.io.disk import listable, remove_leftovers
 from featprobe.kinds import loaded_kinds
 from featprobe.stages.extraction.run_log import doubt_of, log_path
 from featprobe.stages.progress import BYTES, Progress
@@ -208,10 +208,12 @@ def _damaged(path: Path, what: str, command: str) -> CacheError:
 
 
 def check_removable(workspace: Workspace, path: Path) -> int:
-    """Bytes of what `remove_caches` would remove. Raises CacheError for a file elsewhere that is no cache.
+    """Bytes of what `remove_caches` would remove. Raises CacheError for a file elsewhere that is no cache, and
+    FeatprobeError for a folder here that may not be looked into.
 
     A cache that can't be opened may be removed: one in the workspace, or one that begins as caches do.
     """
+    listable(path)
     if not workspace.holds(path) and not begins_as_cache(path):
         try:
             read_states(path)

@@ -18,12 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 from featprobe import ExtractOptions, ProbeOptions, TrainRecipe, Workspace, extract, predict, probe
 from featprobe.cli.main import cli
 from featprobe.datasets.generated import generate
 from featprobe.datasets.images.reading import read_levels
 from featprobe.errors import FeatprobeError, ProbeError
+from featprobe.features import Features
 from featprobe.intensity import Intensity
 from featprobe.metrics.defects.operating import Counts, OperatingPoint, Wanted
 from featprobe.probes import logits_at_original
@@ -31,8 +33,8 @@ from featprobe.probes.paste import paste_mask
 from featprobe.stages.export import export as exporting
 from featprobe.stages.export import parity
 from featprobe.stages.export.export import export, output_of
-from featprobe.stages.export.graph import NEAR, Differences, Graph, pieces_of_size, reference
-from featprobe.stages.export.known_images import find_known
+from featprobe.stages.export.graph import NEAR, Differences, Graph, GraphOutput, pieces_of_size, reference, rounded
+from featprobe.stages.export.known_images import KnownImages, find_known
 from featprobe.stages.findings import Threshold, joined_pixels
 from featprobe.stages.predictor import Predictor
 from featprobe.stages.recording.operating_file import write_point
@@ -258,25 +260,100 @@ def test_the_small_program_joins_pixels_at_an_operating_point(
     assert 0 < check_masks(folder, images, lines, tmp_path)
 
 
-@pytest.mark.parametrize(("task", "kind"), [("semseg", "linear"), ("anomaly", "patchcore")])
-def test_openvino_says_what_featprobe_says(task: str, kind: str, workspace: Workspace, tmp_path: Path) -> None:
+class Together(GraphOutput):
+    """What several heads on one cache give, in one graph."""
+
+    def __init__(self, outputs: dict[str, GraphOutput]) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict(outputs)
+        self.names = tuple(f"{kind}.{name}" for kind, own in outputs.items() for name in own.names)
+
+    def forward(self, features: Features) -> tuple[torch.Tensor, ...]:
+        return tuple(answer for own in self.heads.values() for answer in own(features))
+
+    def compare(self, found: Any, predictor: Any, levels: Any) -> Differences:
+        raise NotImplementedError
+
+
+class BehindMaps(nn.Module):
+    """The end of a graph alone, behind maps of levels as the backbone gives them."""
+
+    def __init__(self, graph: Graph, levels: list[str]) -> None:
+        super().__init__()
+        self.output, self.levels, self.dtype, self.size = graph.output, levels, graph.dtype, graph.size
+        self.register_buffer("content", graph.content)
+
+    def forward(self, *maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        stored = {name: rounded(m, self.dtype) for name, m in zip(self.levels, maps, strict=True)}
+        return self.output(Features(stored, self.size, self.get_buffer("content").expand(len(maps[0]), 2)))
+
+
+def heads_together(
+    workspace: Workspace, heads: dict[str, dict[str, str]]
+) -> tuple[dict[str, Predictor], Together, KnownImages]:
+    """Heads on the 16-bit images, by their names, and what they give in one graph."""
+    predictors = {}
+    for name, options in heads.items():
+        task, kind = name.split("-")
+        folder = head(workspace, task, "xray", kind, **options)
+        predictors[name] = Predictor(folder, device="cpu")
+    known = find_known(predictors[name], folder, workspace, (), None, 4)
+    return predictors, Together({name: output_of(own, known.raw) for name, own in predictors.items()}), known
+
+
+def compared(
+    predictors: dict[str, Predictor], output: Together, answers: Any, levels: list[Any]
+) -> dict[str, Differences]:
+    """How each head of a graph lies from featprobe."""
+    found = {name: answers[name].copy() for name in output.names}
+    return {
+        kind: own.compare({name: found[f"{kind}.{name}"] for name in own.names}, predictors[kind], levels)
+        for kind, own in output.heads.items()
+    }
+
+
+def faults(differences: Differences) -> list[str]:
+    """What exceeds the limits of an export."""
+    return parity.Parity(4, "", 0, differences, "", 1, 0, 0).faults
+
+
+def test_openvino_says_what_featprobe_says(workspace: Workspace, tmp_path: Path) -> None:
     """Within the limits that hold for onnxruntime. Heads that find objects are held by test_object_output."""
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    model, folder = tmp_path / "model.onnx", head(workspace, task, "xray", kind)
-    predictor = Predictor(folder, device="cpu")
-    known = find_known(predictor, folder, workspace, (), None, 4)
-    output = output_of(predictor, known.raw)
-    model.write_bytes(exporting.made(predictor, known.raw, output, 20).SerializeToString())
+    predictors, output, known = heads_together(workspace, {"semseg-ridge": {}, "anomaly-patchcore": {}})
+    model = tmp_path / "model.onnx"
+    model.write_bytes(
+        exporting.made(predictors["semseg-ridge"], known.raw, output, exporting.OPSET).SerializeToString()
+    )
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    total = Differences()
+    totals = dict.fromkeys(predictors, Differences())
     for start, end in ((0, 1), (1, 4)):  # batches of two sizes
         levels = [known.levels(place) for place in range(start, end)]
-        answers = compiled([np.stack(levels)])
-        found = {name: answers[name].copy() for name in output.names}
-        total += output.compare(found, predictor, levels)
-    assert parity.Parity(4, "", 0, total, "", 1, 0, 0).faults == []
-    assert total.verdicts + total.near >= 4 or task == "semseg"
-    assert total.pixels or task == "anomaly"
+        for kind, own in compared(predictors, output, compiled([np.stack(levels)]), levels).items():
+            totals[kind] += own
+    assert not any(map(faults, totals.values()))
+    assert totals["semseg-ridge"].pixels and totals["anomaly-patchcore"].verdicts >= 4
+
+
+def test_openvino_says_of_the_other_heads_what_featprobe_says(workspace: Workspace, tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    of_labels = {"labels": "classes"}
+    heads = {"semseg-upsample": {}, "classify-linear": of_labels, "classify-knn": of_labels, "anomaly-gaussian": {}}
+    predictors, output, known = heads_together(workspace, {**heads, "anomaly-knn": {}})
+    predictor, levels = predictors["semseg-upsample"], [known.levels(place) for place in range(4)]
+    graph = Graph(predictor, known.raw, output).eval()
+    with exporting.silence(), torch.no_grad():
+        maps = predictor.backbone(graph.frame(graph.unit(torch.from_numpy(np.stack(levels))))).maps
+        end, given = BehindMaps(graph, list(maps)).eval(), tuple(maps.values())
+        program = torch.onnx.export(
+            end, given, dynamo=True, output_names=list(output.names), opset_version=exporting.OPSET
+        )
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compared(predictors, output, compiled([own.numpy() for own in given]), levels)
+    assert not any(map(faults, found.values()))
+    assert found["semseg-upsample"].pixels and found["classify-knn"].logits is not None
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0.4, 0.6, 1.0]), st.integers(1, 6))

@@ -1,6 +1,8 @@
 """The parts of a graph compute what featprobe computes, before any exporter sees them."""
 
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from featprobe.cache.quantised import as_read
 from featprobe.datasets.images.reading import frame_image, to_unit
@@ -20,6 +23,7 @@ from featprobe.probes.verdicts.heat_maps import maps_at_original
 from featprobe.probes.verdicts.neighbours import nearest
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.export import search
+from featprobe.stages.export.export import OPSET, silence
 from featprobe.stages.export.graph import AtOriginal, Differences, Framed, Raw, Unit, placement_of, relative, rounded
 from featprobe.stages.export.image_output import Vectors
 from featprobe.stages.export.parity import Parity
@@ -85,6 +89,45 @@ def test_features_are_rounded_as_in_a_cache(dtype: Any, seed: int, scale: float)
     m[0, 0] = m[0, 0, 0, 0]  # a channel of one value
     m[0, 1] = m[0, 1].relu()
     assert torch.equal(rounded(m, dtype), as_read({"own": m}, dtype)["own"].float())
+
+
+class Rounding(nn.Module):
+    """Maps in the number formats of caches, behind a product: runtimes join neighbouring operators."""
+
+    def forward(self, maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        own = maps * 2
+        return own, *(rounded(own, dtype) for dtype in FORMATS)
+
+
+FORMATS = ("fp16", "bf16", "int8")
+
+
+def test_features_are_rounded_in_every_runtime(tmp_path: Path) -> None:
+    """Halves between two numbers too, and those below the smallest of full precision."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'featprobe[onnx]'")
+    pytest.importorskip("onnxscript", reason="pip install 'featprobe[onnx]'")
+    random = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 4, 16, 16, generator=random)
+    steps = torch.randint(-2, 3, maps[:, 1:3].shape, generator=random)  # of half a number's distance to the next
+    maps[:, 1] = maps[:, 1].half().float() * (1 + 2.0**-11 * steps[:, 0])
+    maps[:, 2] = maps[:, 2].bfloat16().float() * (1 + 2.0**-8 * steps[:, 1])
+    maps[:, 3] *= 2.0 ** torch.randint(-26, 14, maps[:, 3].shape, generator=random)
+    with silence():
+        program = torch.onnx.export(Rounding(), (maps,), dynamo=True, opset_version=OPSET, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    found = {"onnxruntime": session.run(None, {session.get_inputs()[0].name: maps.numpy()})}
+    if find_spec("openvino") is not None:
+        import openvino
+
+        compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answers = compiled([maps.numpy()])
+        found["openvino"] = [answers[place].copy() for place in range(len(FORMATS) + 1)]
+    for answers in found.values():
+        own = torch.from_numpy(answers[0])
+        for dtype, values in zip(FORMATS, answers[1:], strict=True):
+            assert torch.equal(torch.from_numpy(values), as_read({"own": own}, dtype)["own"].float())
 
 
 @pytest.mark.parametrize("shown", [logits_at_original, maps_at_original])

@@ -273,6 +273,17 @@ def test_what_cannot_be_understood_is_ignored_and_made_anew(run, text):
     assert json.loads(look.read_text())["version"] == 2 and run().by_times
 
 
+@pytest.mark.parametrize("note", ["harmless\nfeatprobe: error", "\x1b]0;owned\x07", "\u202eback", 7])
+def test_notes_that_could_pass_for_other_lines_are_ignored(run, note):
+    look = look_path(run().path)
+    kept = json.loads(look.read_text())
+    look.write_text(json.dumps(kept | {"notes": ["plain"]}))
+    assert run().notes[0] == "plain"
+    look.write_text(json.dumps(kept | {"notes": [note]}))
+    again = run()
+    assert note not in again.notes and not again.by_times
+
+
 def test_a_cache_that_is_damaged_or_gone_is_made_anew(run):
     path = run().path
     content = path.read_bytes()

@@ -16,7 +16,7 @@ from helpers import training_of, watch_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from featprobe.backbones.backbone import load_backbone
 from featprobe.cache import CacheWriter, open_cache
@@ -337,6 +337,22 @@ def test_what_is_there_already_is_not_trained_again(space: Workspace) -> None:
     assert state.exists()
     again = finetune(space, "semseg", options=options)
     assert not again.rows and any("there already" in note for note in again.notes) and not state.exists()
+
+
+def test_weights_that_were_replaced_are_named_with_the_way_out(tmp_path: Path) -> None:
+    """Two caches of one label: that of the weights of now is named beside that of the old ones, which is refused."""
+    weights, workspace = tmp_path / "own.safetensors", Workspace(tmp_path)
+    make_generated("xray", workspace.data / "xray", images=12, size=(32, 32))
+    how, paths = ExtractOptions(size=(32, 32), levels=("stride8",), quiet=True, device="cpu"), []
+    options = replace(options_for("semseg", Tuning()), recipe=replace(RECIPES["semseg"], iterations=2))
+    for seed in (0, 1):
+        save_file(load_backbone(replace(SPEC, seed=seed)).tensors(), weights)
+        if paths:
+            with pytest.raises(ProbeError, match=rf"remove this one:\n  featprobe extract .*\n  .*rm {paths[0]} --yes"):
+                finetune(workspace, "semseg", options=options)
+        paths.append(extract(workspace, replace(SPEC, source="file", weights=str(weights)), "xray", how).path)
+    with pytest.raises(ProbeError, match=rf"{paths[1]} was made from .*\n  featprobe cache rm {paths[0]} --yes"):
+        finetune(workspace, "semseg", options=options)
 
 
 def test_options_that_would_change_nothing_are_refused() -> None:

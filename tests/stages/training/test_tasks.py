@@ -641,5 +641,5 @@ def test_predict_refuses_a_backbone_of_other_weights(
 
     plain = stage.load_backbone
     monkeypatch.setattr(stage, "load_backbone", lambda spec, *others: plain(replace(spec, seed=1), *others))
-    with pytest.raises(ProbeError, match=r"trained on other features.*\n\s+weights_sha256"):
+    with pytest.raises(ProbeError, match=r"trained on other features.*\n\s+weights_sha256[\s\S]*--weights FILE"):
         Predictor(workspace.probes / rows["semseg"]["folder"])

@@ -10,11 +10,13 @@ import pytest
 from helpers import filled_cache
 from inspected_space import rows_of, stored_space
 
-from featprobe.cache import read_contents
-from featprobe.errors import DiskError, FeatprobeError
+from featprobe.cache import open_cache, read_contents
+from featprobe.errors import CacheError, DiskError, FeatprobeError
 from featprobe.io.disk import write_whole
 from featprobe.probes.saved import read_results
 from featprobe.stages.comparison.results import load_results
+from featprobe.stages.training.asked import _opened
+from featprobe.stages.upkeep.caches import check_removable
 from featprobe.stages.upkeep.saved_heads import head_folders, last_rows
 from featprobe.stages.workspace import Workspace
 
@@ -83,3 +85,18 @@ def test_a_head_that_may_not_be_read_takes_no_other_one_with_it(space: Workspace
 def test_a_place_that_may_not_be_written_is_not_a_full_disk(space: Workspace) -> None:
     with shut(space.cache), pytest.raises(DiskError, match=r"Permission denied\.\n.*Correct the path or its rights"):
         write_whole(space.cache / "x", b"x")
+
+
+def test_a_folder_of_caches_that_may_not_be_read_is_reported_beside_the_others(space: Workspace) -> None:
+    (space.cache / "others").mkdir()
+    filled_cache(space.cache / "others" / "other.h5")
+    shut_folder = space.cache / "parts"
+    with shut(shut_folder):
+        files = space.cache_files()
+        assert files == [space.cache / "others" / "other.h5", shut_folder]
+        with pytest.raises(CacheError, match=r"parts can't be read: Permission denied"):
+            open_cache(files[1])
+        found, broken = _opened(space)
+        assert [cache.path for cache in found] == files[:1] and len(broken) == 1
+        with pytest.raises(FeatprobeError, match="can't be looked into"):
+            check_removable(space, shut_folder)
