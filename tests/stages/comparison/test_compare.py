@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from helpers import PoolingBackbone
+from helpers import PoolingBackbone, no_plots
 from helpers import extract as extract_into
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,10 +135,8 @@ class Told:
         return row
 
     def compare(self, **more: Any) -> Comparison:
-        """The comparison; no plot is drawn on its page, which takes most of the time."""
-        with pytest.MonkeyPatch.context() as patch:
-            for plot in ("dot_plot", "line_plot"):
-                patch.setattr(f"featprobe.report.page.{plot}", lambda *given: "")
+        """The comparison; there are no plots on its page."""
+        with no_plots():
             return self.drawn(**more)
 
     def drawn(self, **more: Any) -> Comparison:
