@@ -224,7 +224,7 @@ from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 workspace = Workspace(Path(sys.argv[1]))
 recipe = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
-(row,) = probe(workspace, "detect", options=ProbeOptions(recipe=recipe, seeds=1, quiet=True)).rows
+(row,) = probe(workspace, "detect", options=ProbeOptions(recipe=recipe, width=16, seeds=1, quiet=True)).rows
 probe(workspace, "semseg", options=ProbeOptions(head="ridge", quiet=True))
 (full,) = finetune(workspace, options=ProbeOptions(quiet=True)).rows
 assert (row["regime"], full["regime"], full["head"]) == ("frozen", "full", "fcos")
@@ -243,7 +243,7 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     found = json.loads((folder / "predictions.json").read_text())
     head, _ = load_head(folder)
     (cache,), _ = find_caches(one, "detect", (), ())
-    options = checked("detect", ProbeOptions(recipe=DETECT, device="cpu"))
+    options = checked("detect", ProbeOptions(recipe=DETECT, width=16, device="cpu"))
     ready = prepared(one, cache, "detect", options)
     with FeatureLoader(cache) as loader:
         (outcome,) = ready.task.evaluate([head], loader.batches, ready.rows["test"])

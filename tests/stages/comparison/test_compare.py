@@ -153,7 +153,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract_into(root, workspace.data / "surface", PoolingBackbone())
     brief = TrainRecipe(iterations=4, batch_size=4, lr=2e-3, clip=10.0, evaluations=2)
     for task in ("semseg", "detect", "instseg"):
-        probe(workspace, task, options=ProbeOptions(recipe=brief, seeds=1, quiet=True, show=2 * (task == "semseg")))
+        how = {"show": 2} if task == "semseg" else {"width": 16}
+        probe(workspace, task, options=ProbeOptions(recipe=brief, seeds=1, quiet=True, **how))
     return root
 
 
