@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE # the tests start many processes: each would compile all modules again
 
-.PHONY: demo test check cluster dist-check image docs attack clean
+.PHONY: demo test types suite check cluster dist-check image docs attack clean
 
 demo: .venv/.installed
 	$(BIN)/featprobe demo
@@ -11,7 +11,12 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --jobs 2 types suite # mypy, which takes a minute of one core, beside the tests that wait for what they start
+
+types: .venv/.installed
 	$(BIN)/mypy
+
+suite: .venv/.installed
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Under a minute: format, types, and the tests that the change touches, nearest first, as far as they begin in time.

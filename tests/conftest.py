@@ -21,7 +21,7 @@ LONG = (
     "test_benchmarks", "test_hostile_caches", "test_object_output", "test_processes", "test_export", "test_tasks",
     "test_finetune", "test_hostile_workspace", "test_attack", "test_parquet_pages", "test_notebook", "test_live",
     "test_race", "test_stopping", "test_old_caches", "test_docs", "test_try_out", "test_durable", "test_study",
-    "test_pretended_card",
+    "test_pretended_card", "test_kill", "test_touched",
 )  # fmt: skip
 """Files that take more than ten seconds, many of them with few tests. The suite begins with them, so that its
 processes end together."""

@@ -6,7 +6,8 @@ import os
 import re
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,15 @@ def training_of(
     """The training of one seed."""
     named = replace(options, kind=kind_of(task, options.head or kinds_of(task)[0]))
     return Training(workspace, Partition(cache, named.choice), task, named, (seed,), fraction)
+
+
+@contextmanager
+def no_plots() -> Iterator[None]:
+    """Pages of comparisons without their plots, which take most of the time. What they show is made all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        for plot in ("dot_plot", "line_plot"):
+            patch.setattr(f"featprobe.report.page.{plot}", lambda *given: "")
+        yield
 
 
 def watch_memory(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> list[list[Any]]:

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas  # noqa: F401  pyarrow loads it when it reads: here, and not in the process of each table
 import pyarrow as pa
+import pyarrow.parquet
 
 from featprobe.errors import ProbeError
 from featprobe.io.parquet import KEY, SEAL, SEALED, UNSEALED
@@ -43,7 +45,7 @@ TYPE = {"text": 6, "int": 1, "float": 4, "bool": 0, "ints": 1}
 ZSTD, GZIP = 6, 2
 PLAIN, RLE, DELTA, DICTIONARY = 0, 3, 5, 8
 HEAD = "0" * 64
-ALLOWED = 256 << 20  # bytes of memory that reading may take, beside twice the file
+ALLOWED = 192 << 20  # bytes of memory that reading may take, beside twice the file: 256 MiB less those of pandas
 FUSE = 6 << 30  # bytes of memory at which a reader without limits ends, before the machine does
 ABOUT = json.dumps(
     {
@@ -113,7 +115,8 @@ class Page:
     more: Mapping[float, Any] = field(default_factory=dict)
 
     def bytes(self, codec: str = "zstd") -> bytes:
-        packed = pa.compress(self.body, codec, asbytes=True) if self.body else b""
+        level = 1 if codec == "gzip" else None  # the fastest
+        packed = pa.Codec(codec, level).compress(self.body, asbytes=True) if self.body else b""
         said = {1: i32(self.values), 2: i32(self.encoding)}
         own: dict[float, Any] = {1: i32(2 if self.dictionary else 0)}
         own |= {2: i32(len(self.body) if self.claimed < 0 else self.claimed), 3: i32(len(packed))}

@@ -1,12 +1,13 @@
 """The structure of the package: no circle of modules, short functions and classes, one home for what is known."""
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_layers import PACKAGE, tree_of
+from test_layers import PACKAGE, nodes_of
 
 MOST_LINES = {ast.ClassDef: 150, ast.FunctionDef: 60}
 MOST_MODULES = 18  # in a folder, without __init__
@@ -19,13 +20,14 @@ def module_of(path: Path, package: Path) -> str:
     return dotted.removesuffix(".__init__")
 
 
+@functools.cache
 def imports_of(package: Path) -> dict[str, set[str]]:
     """Modules of the package that each one imports, in functions and behind TYPE_CHECKING too."""
     paths = {module_of(path, package): path for path in package.rglob("*.py")}
     found: dict[str, set[str]] = {}
     for name, path in paths.items():
         found[name] = set()
-        for node in ast.walk(tree_of(path)):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom) and node.module:
                 inner = {f"{node.module}.{alias.name}" for alias in node.names} & paths.keys()
                 others = {alias.name for alias in node.names if f"{node.module}.{alias.name}" not in paths}
@@ -75,7 +77,7 @@ def test_classes_and_functions_are_short(kind: type[ast.AST]) -> None:
     long = {
         f"{file}:{node.name}": lines_of(node)
         for file in FILES
-        for node in ast.walk(tree_of(PACKAGE / file))
+        for node in nodes_of(PACKAGE / file)
         if isinstance(node, kind) and lines_of(node) > MOST_LINES[kind]
     }
     assert not long
@@ -87,9 +89,10 @@ def test_no_folder_is_a_warehouse() -> None:
     assert {name: number for name, number in count.items() if number > MOST_MODULES} == {}
 
 
-def literals(tree: ast.AST) -> Iterator[str]:
+def literals(path: Path) -> Iterator[str]:
     """Every string that a file holds as a whole, docstrings included."""
-    return (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    nodes = (node for node in nodes_of(path) if isinstance(node, ast.Constant))
+    return (node.value for node in nodes if isinstance(node.value, str))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def literals(tree: ast.AST) -> Iterator[str]:
 )
 def test_kinds_and_tasks_are_named_in_their_tables_alone(words: set[str], homes: set[str]) -> None:
     """losses.py and heat_maps.py name torch's linear interpolation."""
-    assert {file for file in FILES if words & set(literals(tree_of(PACKAGE / file)))} <= homes
+    assert {file for file in FILES if words & set(literals(PACKAGE / file))} <= homes
 
 
 def test_no_module_name_is_doubled() -> None:

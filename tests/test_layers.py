@@ -71,9 +71,15 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Everything in the syntax of a file."""
+    return tuple(ast.walk(tree_of(path)))
+
+
 def imported_by(path: Path) -> Iterator[tuple[int, str]]:
     """(line, dotted name) of every import of a file, in functions and behind TYPE_CHECKING too."""
-    for node in ast.walk(tree_of(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -143,8 +149,9 @@ CALLS = {
 
 
 def test_dangerous_calls_have_one_door() -> None:
+    texts = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
     for call, doors in CALLS.items():
-        found = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if re.search(call, p.read_text())}
+        found = {name for name, text in texts.items() if re.search(call, text)}
         assert found <= doors, call
 
 
@@ -203,16 +210,18 @@ def test_the_check_lets_pass_what_is_allowed(tmp_path: Path) -> None:
     assert violations(tmp_path) == []
 
 
+@functools.cache
 def file_of(module: str) -> Path | None:
     """The file of a module of the package; None for what is none."""
     place = PACKAGE.parent.joinpath(*module.split("."))
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
 
+@functools.cache
 def names_on_demand(module: str) -> dict[str, str]:
     """Names that a package loads when they are first asked for, and the modules that they come from."""
     path = file_of(module)
-    body = ast.parse(path.read_text(encoding="utf-8")).body if path and module.startswith("featprobe") else []
+    body = tree_of(path).body if path and module.startswith("featprobe") else []
     tables = [node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_PUBLIC"]
     return {name: own for table in tables for name, own in ast.literal_eval(table).items()}
 

@@ -12,6 +12,7 @@ import jsonschema
 import pytest
 import torch
 import yaml
+from test_layers import nodes_of
 
 import featprobe
 from featprobe import processes
@@ -57,7 +58,7 @@ def imported(folder: Path) -> dict[str, set[str]]:
     owners = packages_distributions()
     found: dict[str, set[str]] = {}
     for path in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             for top in {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - {"featprobe"}:

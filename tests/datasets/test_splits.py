@@ -478,7 +478,7 @@ def test_each_fold_has_its_own_counterpart(space: Workspace) -> None:
 
 
 def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -> None:
-    (row,) = probe(space, "detect", options=brief("own")).rows
+    (row,) = probe(space, "detect", options=brief("own", width=16)).rows
     whole = ObjectTest.read(space.probes / row["folder"], {})
     assert whole.predictions and whole.truth["annotations"]
     parts = []
@@ -498,7 +498,7 @@ def test_objects_of_several_heads_are_ranked_as_one_test_set(space: Workspace) -
 
 
 def test_detection_in_folds_is_compared(space: Workspace) -> None:
-    rows = probe(space, "detect", options=brief("stratified:2")).rows
+    rows = probe(space, "detect", options=brief("stratified:2", width=16)).rows
     (one,) = compare(space, quiet=True).sets
     parts = [ObjectTest.read(space.probes / row["folder"], {}) for row in rows]
     scores = ObjectTest.joined(parts).scores(ResultRow.from_json(rows[0]))

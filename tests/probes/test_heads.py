@@ -405,7 +405,7 @@ def test_a_head_overfits_two_images(kind: tuple[str, str], two_images: Any) -> N
     sides = object_sides(torch.cat([t.boxes for t in targets])) if kind[0] != "semseg" else ()
     head = build_head(HeadRecipe(*kind, ("background", "disc"), width=32, sides=sides), levels).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3 if kind[1] == "linear" else 1e-3)
-    for _ in range(120 if kind[0] == "semseg" else 80):
+    for _ in range(120 if kind[0] == "semseg" else 50):
         if kind[0] == "semseg":
             logits = head(features)
             loss = torch.nn.functional.cross_entropy(logits, labels[:, 2::4, 2::4].long())

@@ -363,7 +363,8 @@ def test_folds_and_split_files_are_of_whole_images(tiled: Workspace, tmp_path: P
 
 def options_of(task: str, **changed: Any) -> ProbeOptions:
     head = {"semseg": "linear", "detect": "fcos", "instseg": "maskrcnn"}[task]
-    return ProbeOptions(**({"head": head, "recipe": BRIEF, "seeds": 1, "quiet": True} | changed))
+    width = None if task == "semseg" else 16
+    return ProbeOptions(**({"head": head, "recipe": BRIEF, "width": width, "seeds": 1, "quiet": True} | changed))
 
 
 def test_a_cache_without_tiles_has_the_key_it_had_and_nothing_of_parts(tmp_path: Path) -> None:

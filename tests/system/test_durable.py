@@ -60,7 +60,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
     extract_into(workspace.root, workspace.data / "surface", PoolingBackbone())
     probe(workspace, options=options())
-    probe(workspace, "detect", options=options(seeds=1))
+    probe(workspace, "detect", options=options(seeds=1, width=16))
     return workspace
 
 

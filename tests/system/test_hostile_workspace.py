@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import run
 from hostile_space import CONFIGS, FILES, FOLLOW_LINKS, LONGEST, SECRET
 
 OWN_CHILD = "featprobe/cache/hdf5_child.py"  # the one process that is started: it reads old caches
@@ -44,8 +44,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     here = Path(__file__).parents[1]
     paths = ":".join([str(here.parent), *sys.path])
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PYTHONPATH": paths}
-    command = [sys.executable, str(here / "hostile_space.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = run([here / "hostile_space.py", folder], timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not UNSEEN.search(done.stderr.replace("\x1b[A", "").replace("\r", ""))
     report = json.loads((folder / "report.json").read_text())

@@ -1,7 +1,6 @@
 """Two real processes against one: losses, gradients, moments, trainings, scores, and a job whose process fails."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import launch
+from forked import launch, run
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -70,11 +69,26 @@ def prepared(space: Workspace, cache: Cache, task: str, options: ProbeOptions) -
     return prepare(Training(space, Partition(cache, options.choice), task, options, (0,)))
 
 
+AGENT = """
+import runpy, sys, traceback
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+def work():
+    del sys.argv[0]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except BaseException:
+        traceback.print_exc()  # of each process, as of an interpreter; the agent prints one
+        raise
+here = LaunchConfig(
+    1, 1, 2, run_id="here", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork"
+)
+elastic_launch(here, work)()
+"""
+
+
 def torchrun(program: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a program in two processes on the CPU, by torchrun itself, which ends all when one fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    """Run a program in two processes on the CPU under the agent of torchrun, which ends all when one fails."""
+    return run(["-c", AGENT, *program])
 
 
 @pytest.fixture(scope="module")
@@ -210,7 +224,7 @@ from featprobe.stages.training.probe_options import ProbeOptions
 from featprobe.stages.workspace import Workspace
 workspace = Workspace(Path(sys.argv[1]))
 recipe = TrainRecipe(iterations=6, batch_size=4, lr=2e-3, clip=10.0, evaluations=1)
-(row,) = probe(workspace, "detect", options=ProbeOptions(recipe=recipe, seeds=1, quiet=True)).rows
+(row,) = probe(workspace, "detect", options=ProbeOptions(recipe=recipe, width=16, seeds=1, quiet=True)).rows
 probe(workspace, "semseg", options=ProbeOptions(head="ridge", quiet=True))
 (full,) = finetune(workspace, options=ProbeOptions(quiet=True)).rows
 assert (row["regime"], full["regime"], full["head"]) == ("frozen", "full", "fcos")
@@ -229,7 +243,7 @@ def test_predictions_of_two_processes_are_complete_and_counterparts_are_found(sp
     found = json.loads((folder / "predictions.json").read_text())
     head, _ = load_head(folder)
     (cache,), _ = find_caches(one, "detect", (), ())
-    options = checked("detect", ProbeOptions(recipe=DETECT, device="cpu"))
+    options = checked("detect", ProbeOptions(recipe=DETECT, width=16, device="cpu"))
     ready = prepared(one, cache, "detect", options)
     with FeatureLoader(cache) as loader:
         (outcome,) = ready.task.evaluate([head], loader.batches, ready.rows["test"])

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from helpers import data_info, recipe_of
+from helpers import data_info, no_plots, recipe_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
@@ -425,7 +425,8 @@ def test_a_row_of_wrong_types_loses_only_itself(
     found, faults = read_rows(space.probes / "results.jsonl", result_faults)
     assert found == rows and len(faults) == 3
     assert f"line {len(rows) + 1} has wrong fields" in faults[0] and said in faults[0]
-    compared = CliRunner().invoke(cli, ["--workspace", str(space.root), "compare", "--quiet"])
+    with no_plots():
+        compared = CliRunner().invoke(cli, ["--workspace", str(space.root), "compare", "--quiet"])
     assert compared.exit_code == 0 and said in compared.output and "Traceback" not in compared.output
     assert all(f"line {number}" in compared.output for number in range(len(rows) + 1, len(rows) + 4))
 

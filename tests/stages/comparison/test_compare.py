@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
-from helpers import PoolingBackbone
+from helpers import PoolingBackbone, no_plots
 from helpers import extract as extract_into
 from hypothesis import given
 from hypothesis import strategies as st
@@ -105,12 +105,8 @@ class Told:
         return {**self.base("semseg")["recipe"], **changed}
 
     def said(self, **more: Any) -> str:
-        """All sentences of the answer; no plot is drawn for them."""
-        with pytest.MonkeyPatch.context() as patch:
-            for plot in ("dot_plot", "line_plot"):
-                patch.setattr(f"featprobe.report.page.{plot}", lambda *given: "")
-            found = self.compare(**more)
-        return "\n".join(sentence for _, sentences in found.answer for sentence in sentences)
+        """All sentences of the answer."""
+        return "\n".join(sentence for _, sentences in self.compare(**more).answer for sentence in sentences)
 
     def tell_objects(self, truth: dict[str, Any], found: list[dict[str, Any]], **changed: Any) -> dict[str, Any]:
         scores = average_precision(truth, found, "bbox")
@@ -139,6 +135,12 @@ class Told:
         return row
 
     def compare(self, **more: Any) -> Comparison:
+        """The comparison; there are no plots on its page."""
+        with no_plots():
+            return self.drawn(**more)
+
+    def drawn(self, **more: Any) -> Comparison:
+        """The comparison with its whole page."""
         return compare(self.workspace, quiet=True, **more)
 
 
@@ -151,7 +153,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extract_into(root, workspace.data / "surface", PoolingBackbone())
     brief = TrainRecipe(iterations=4, batch_size=4, lr=2e-3, clip=10.0, evaluations=2)
     for task in ("semseg", "detect", "instseg"):
-        probe(workspace, task, options=ProbeOptions(recipe=brief, seeds=1, quiet=True, show=2 * (task == "semseg")))
+        how = {"show": 2} if task == "semseg" else {"width": 16}
+        probe(workspace, task, options=ProbeOptions(recipe=brief, seeds=1, quiet=True, **how))
     return root
 
 
@@ -319,7 +322,7 @@ def test_rows_that_can_not_be_used_are_listed_with_the_reason(told: Told) -> Non
     append_row(told.probes / "results.jsonl", {**ancient, "folder": "ancient"})
     with (told.probes / "results.jsonl").open("a") as stream:
         stream.write('{"version": 99}\n[1]\n{"version": 1, "tor')
-    report = told.compare()
+    report = told.drawn()
     assert sorted(line["backbone"] for line in report.sets[0].lines) == ["good", "other"]
     reasons = [item.reason for item in report.unusable]
     for said in ("not here any more", "scores.npz is not beside its head", "names no images and groups",
@@ -530,7 +533,7 @@ def test_one_group_and_classes_that_are_nowhere_have_no_interval(told: Told) -> 
     told.tell(none, backbone="a", feature_key="a", data_fingerprint="none")
     told.tell(none, backbone="b", feature_key="b", data_fingerprint="none", **FULL)
     told.tell(confusions(0.5, images=6), groups=["g"] * 6, data_fingerprint="one")
-    report = told.compare()
+    report = told.drawn()
     said = " ".join(sentence for _, sentences in report.answer for sentence in sentences)
     assert "there is no fg mIoU" in said and "no interval: one test group" in said and "nan" not in said
     page = report.files[0].read_text()
@@ -549,7 +552,7 @@ def test_label_efficiency_is_drawn_where_there_are_several_fractions(told: Told)
     for fraction, hit in ((0.1, 0.3), (1, 0.6), (0.3, 0.5)):
         told.tell(confusions(hit), fraction=fraction, recipe_key=f"k{fraction}")
     told.tell(confusions(0.4), backbone="once")
-    report = told.compare()
+    report = told.drawn()
     (series,) = efficiency_of(report.sets[0].lines, "miou_foreground")
     assert list(series.x) == [0.1, 0.3, 1] and series.y == sorted(series.y)
     assert "Label efficiency" in report.files[0].read_text()
@@ -716,7 +719,7 @@ def test_1000_iterations_with_12_seeds_against_20_with_one_get_no_verdict_unaske
     assert "no verdict on a against b" in said and "iterations 1000 | 20; batch size 4 | 2" in said
     assert "--across-recipes" in said and "ahead" not in said and "beyond chance" not in said
     assert "recipes differ: iterations 1000 | 20; batch size 4 | 2" in comparison.marks_of(found)
-    asked = told.compare(across_recipes=True)
+    asked = told.drawn(across_recipes=True)
     assert asked.sets[0].differences[0]["claim"] == "heads" and "ahead of the head on b" in asked.answer[0][1][1]
     assert "recipes differ: iterations" in asked.files[0].read_text()
 
@@ -859,7 +862,7 @@ def test_an_interval_to_the_end_of_the_scale_is_none(told: Told) -> None:
     alone[0] = [[900, 0], [49, 51]]  # nearly equal: one group alone tells them apart
     told.tell(found, backbone="a", feature_key="a")
     told.tell(alone, backbone="b", feature_key="b")
-    report = told.compare()
+    report = told.drawn()
     (line,) = report.sets[0].differences
     assert np.isnan(line["low"]) and np.isnan(line["high"])
     assert "no interval" in told.said() and "-100.0" not in report.files[0].read_text()
@@ -914,7 +917,7 @@ def test_results_that_are_alike_are_told_apart_by_what_differs_in_their_recipes(
         recipe = {"recipe": told.recipe(iterations=count, loss=loss), "recipe_key": f"digest{count}"}
         told.tell(confusions(0.5, count), backbone="a", feature_key="a", **recipe)
     told.tell(confusions(0.6), backbone="b", feature_key="b")
-    report = told.compare()
+    report = told.drawn()
     said = {line["recipe_key"]: line.get("differs") for line in report.sets[0].lines}
     assert said["digest10"] == "iterations 10, loss ce" and said["digest20"] == "iterations 20, loss ce+dice"
     assert [line.get("differs") for line in report.sets[0].lines if line["backbone"] == "b"] == [None]
@@ -975,7 +978,7 @@ def rich(told: Told) -> Told:
 
 
 def test_the_page_holds_all_it_shows_and_escapes_every_text(rich: Told) -> None:
-    report = rich.compare()
+    report = rich.drawn()
     text = report.files[0].read_text(encoding="utf-8")
     page = Parsed(text)
     assert "script" not in page.tags and page.tags.count("svg") >= 5
@@ -991,7 +994,7 @@ def test_the_page_holds_all_it_shows_and_escapes_every_text(rich: Told) -> None:
 
 
 def test_the_same_results_give_the_same_files(rich: Told, tmp_path: Path) -> None:
-    first, second = (rich.compare(out=tmp_path / name).files for name in ("first", "second"))
+    first, second = (rich.drawn(out=tmp_path / name).files for name in ("first", "second"))
     assert [file.name for file in first] == ["index.html", "results.csv", "differences.csv", "results.parquet"]
     for a, b in zip(first, second, strict=True):
         assert a.read_bytes() == b.read_bytes()
@@ -1029,7 +1032,7 @@ def opened(page: Path, folder: Path) -> tuple[list[str], list[str]]:
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium here to open the page with")
 def test_a_browser_opens_the_page_without_a_word_or_a_request(rich: Told, tmp_path: Path) -> None:
-    page = rich.compare().files[0]
+    page = rich.drawn().files[0]
     assert opened(page, tmp_path) == ([], [])
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     page.write_text(text)  # nothing hides behind what the policy forbids

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import stored_rows
+from helpers import no_plots, stored_rows
 from numpy.typing import NDArray
 from torch import nn
 
@@ -39,6 +39,7 @@ from featprobe.report.answer import answer_of
 from featprobe.report.tables import result_text
 from featprobe.result_rows import ResultRow
 from featprobe.specs import digest
+from featprobe.stages.comparison import compare as comparing
 from featprobe.stages.comparison.compare import Comparison, compare, plain_json
 from featprobe.stages.workspace import Workspace
 
@@ -115,6 +116,12 @@ class Told:
         return row
 
     def compare(self, **more: Any) -> Comparison:
+        """The comparison; there are no plots on its page."""
+        with no_plots():
+            return self.drawn(**more)
+
+    def drawn(self, **more: Any) -> Comparison:
+        """The comparison with its whole page."""
         return compare(self.workspace, quiet=True, **more)
 
     def said(self) -> str:
@@ -155,7 +162,7 @@ def test_backbones_are_told_apart_by_image_auroc(told: Told) -> None:
 
 def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told: Told) -> None:
     told.tell(labelled(), "linear")
-    page = told.compare().files[0].read_text()
+    page = told.drawn().files[0].read_text()
     assert "50 % is chance" in page and "Classes, mean over seeds" in page and "labels: defect" in page
     others = page[page.index("Other scores, with 95 % intervals") : page.index("Training and cost")]
     assert "<th>false calls</th>" in others, "recall is nothing without them"
@@ -176,7 +183,7 @@ def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told
 
 def test_a_page_of_anomalies_with_masks_has_their_scores_and_no_table_of_classes(told: Told) -> None:
     told.tell(watched(), "gaussian")
-    page = told.compare().files[0].read_text()
+    page = told.drawn().files[0].read_text()
     assert "AUPRO" in page and "pixel AUROC" in page and "Classes, mean" not in page
 
 
@@ -252,8 +259,16 @@ def zipped(array: bytes, packing: int = zipfile.ZIP_DEFLATED) -> bytes:
     ],
 )
 def test_a_row_that_its_file_does_not_bear_out_is_not_used(
-    told: Told, found: Callable[[], Any], file: Callable[[Any], bytes], said: str
+    told: Told,
+    found: Callable[[], Any],
+    file: Callable[[Any], bytes],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """No interval is looked at: few resamples will do."""
+    monkeypatch.setattr(
+        comparing, "score_interval", lambda statistic, resamples: score_interval(statistic, resamples=9)
+    )
     told.tell(found(), "linear" if found is labelled else "gaussian", backbone="sound")
     told.tell(found(), "linear" if found is labelled else "gaussian", file=file(found()), backbone="other")
     report = told.compare()
@@ -299,7 +314,7 @@ def test_a_head_on_good_images_is_held_against_a_supervised_one_on_the_same_unit
     told.tell(images, "linear")
     told.tell(labelled(lift=0.2, seed=3), "knn")
     told.tell(maps, "gaussian")
-    report = told.compare()
+    report = told.drawn()
     (line,) = report.behind
     lead = paired_difference(
         image_statistic(images, "auroc"), anomaly_statistic(maps, "image_auroc"), resamples=1_000

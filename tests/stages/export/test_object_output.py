@@ -112,7 +112,12 @@ def runtimes(output: ObjectOutput, path: Path) -> dict[str, Run]:
         import openvino
 
         compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        found["openvino"] = lambda features: {name: compiled(arrays(features))[name].copy() for name in output.names}
+
+        def run(features: Features) -> dict[str, NDArray[Any]]:
+            answers = compiled(arrays(features))
+            return {name: answers[name].copy() for name in output.names}
+
+        found["openvino"] = run
     return found
 
 

@@ -405,7 +405,7 @@ heads = ["linear"]
 seeds = 2
 sizes = ["64x64"]
 [train.all]
-iterations = 40
+iterations = 24
 batch_size = 4
 evaluations = 2
 """

@@ -49,7 +49,7 @@ from featprobe.stages.workspace import Workspace, make_generated
 from featprobe.targets import Instance, encode_rle
 
 SPEC = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
-STEPS = 20
+STEPS = 10
 RECIPES = {
     "semseg": TrainRecipe(iterations=STEPS, batch_size=4, evaluations=2),
     "detect": TrainRecipe(iterations=STEPS, batch_size=4, lr=2e-3, clip=10.0, evaluations=2),
@@ -393,7 +393,7 @@ from featprobe.stages.training.probe_options import ProbeOptions, Tuning
 from featprobe.stages.workspace import Workspace
 recipe = TrainRecipe(iterations=12, batch_size=4, lr=1e-3, clip=10.0, evaluations=3)
 tuning = Tuning(ema=0.9, accumulate=2)
-options = ProbeOptions(head="fasterrcnn", recipe=recipe, seeds=1, quiet=True, device="cpu", tuning=tuning)
+options = ProbeOptions(head="fasterrcnn", recipe=recipe, width=16, seeds=1, quiet=True, device="cpu", tuning=tuning)
 finetune(Workspace(sys.argv[1]), "detect", options=options)
 """
 

@@ -121,7 +121,8 @@ def stock_scores(annotations: Path, predictions: Path, kind: str) -> list[float]
 def test_stock_pycocotools_on_the_sets_own_file_gives_the_rows_numbers(
     task: str, objects: Workspace, coco_set: Path
 ) -> None:
-    (row,) = probe(objects, task, options=ProbeOptions(recipe=replace(BRIEF, iterations=20), seeds=1, quiet=True)).rows
+    recipe = replace(BRIEF, iterations=40, evaluations=1)
+    (row,) = probe(objects, task, options=ProbeOptions(recipe=recipe, width=2 * NARROW, seeds=1, quiet=True)).rows
     predictions = objects.probes / row["folder"] / "predictions.json"
     assert len(json.loads(predictions.read_text())) > 20
     names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
@@ -139,7 +140,8 @@ def test_stock_pycocotools_on_the_sets_own_file_gives_the_rows_numbers(
                          ids=lambda kind: f"{kind.task}-{kind.name}")  # fmt: skip
 def test_every_head_that_is_no_default_goes_all_the_way(kind: HeadKind, objects: Workspace) -> None:
     labels: ImageLabels = "defect" if "labels" in settings_of(kind) else "own"
-    options = ProbeOptions(head=kind.name, recipe=BRIEF, seeds=1, quiet=True, show=2, labels=labels)
+    width = NARROW if kind.width else None
+    options = ProbeOptions(head=kind.name, recipe=BRIEF, width=width, seeds=1, quiet=True, show=2, labels=labels)
     report = probe(objects, kind.task, options=options)
     (row,) = report.rows
     assert row["head"] == kind.name and np.isfinite(row["val"][SCORES[kind.task].main.name])
@@ -390,7 +392,9 @@ def test_images_of_one_id_in_several_files_are_told_apart(tmp_path: Path) -> Non
     extract_into(workspace.root, root, size=(64, 96))
     (cache,), _ = find_caches(workspace, "detect", (), ())
     assert not cache.own_ids and len({cache.image_id(row) for row in range(len(cache))}) == len(cache)
-    report = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, split="image", quiet=True))
+    report = probe(
+        workspace, "detect", options=ProbeOptions(recipe=BRIEF, width=NARROW, seeds=1, split="image", quiet=True)
+    )
     assert any("counts the images from 1" in note for note in report.notes)
 
 
@@ -508,7 +512,7 @@ def test_predict_takes_the_images_it_was_trained_on_whatever_the_window(tmp_path
     make_generated("surface", workspace.data / "surface", images=24, size=(64, 64))
     spec = BackboneSpec("tiny", "test_efficientnet", "random", arguments=("--backbone", "tiny", "--random-init"))
     extract_for_real(workspace, spec, "surface", ExtractOptions(intensity="percentile:1:99", quiet=True))
-    (row,) = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, seeds=1, quiet=True)).rows
+    (row,) = probe(workspace, "detect", options=ProbeOptions(recipe=BRIEF, width=NARROW, seeds=1, quiet=True)).rows
     folder, images = workspace.probes / row["folder"], workspace.data / "surface" / "images"
     assert predict(folder, [images], tmp_path / "out", quiet=True).images == 24
     deep = np.full((64, 64), 4000, dtype=np.uint16)
