@@ -42,6 +42,7 @@ DOORS = {
     "click": ("cli",),
     "pandas": ("report", "stages"),
     "jinja2": ("report",),
+    "markupsafe": ("report",),
     "matplotlib": ("report", "stages"),
     "tqdm": ("stages",),
     "submitit": ("stages",),
