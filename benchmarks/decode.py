@@ -35,7 +35,7 @@ from featprobe.geometry import place
 from featprobe.levels import FeatureLevel
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction import decoding
-from featprobe.stages.extraction.decoding import DecodedAhead, Decoders, suit
+from featprobe.stages.extraction.decoding import AHEAD, DecodedAhead, Decoders, processes_decode
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing, ImageBuffer
 
@@ -118,10 +118,10 @@ def lock_shares(paths: Sequence[Path], options: argparse.Namespace) -> dict[str,
     in turn; their own is theirs, but on a machine of few cores the clock would count that too.
     """
     how, rounds = (options.size, options.batch_size), options.rounds
-    libraries, code, many, found = decode.imagecodecs, decoding.CODE, paths * 4, {}
+    libraries, code, many, found = decode.imagecodecs, decoding.CHILD, paths * 4, {}
     bound = _only_wait.SECONDS / MANY * len(many)
-    paths_first = f"import sys; sys.path[:] = [*sys.argv[4:], {HERE!r}]"
-    decoding.CODE = f"{paths_first}; import _only_wait; _only_wait.begin()\n{code}"
+    paths_first = f"import sys; sys.path[:] = [*sys.argv[5:], {HERE!r}]"
+    decoding.CHILD = f"{paths_first}; import _only_wait; _only_wait.begin()\n{code}"
     try:
         with ThreadPoolExecutor(MANY) as pool:
             batches = Batches(paths, *how, pool, CPU)
@@ -138,20 +138,25 @@ def lock_shares(paths: Sequence[Path], options: argparse.Namespace) -> dict[str,
             found["processes"] = min(1.0, bound / (taken := (time.process_time() - begun) / rounds))
             found["microseconds in turn"] = taken / len(many) * 1e6
     finally:
-        decode.imagecodecs, decoding.CODE = libraries, code
+        decode.imagecodecs, decoding.CHILD = libraries, code
     return found
 
 
 def rate(paths: Sequence[Path], side: int, batch_size: int, device: torch.device, workers: int) -> float:
     """Images per second from files to framed batches on the device, as extraction makes them, once all are warm.
 
-    The files are read three times; the first does not count.
+    The files are read three times; the first does not count, nor what may be decoded ahead when it ends.
     """
     options = ExtractOptions(workers=workers)
     parts = [paths[i : i + batch_size] for i in range(0, len(paths) - batch_size + 1, batch_size)]
     batches = [[wanted_of(path, side) for path in part] for part in parts]
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     with ExitStack() as stack:
-        processes = stack.enter_context(closing(Decoders(workers))) if suit(options, device) else None
+        processes = stack.enter_context(closing(Decoders(workers))) if processes_decode(options, device) else None
         framing = Framing(recipe_of(side), device)
         images = DecodedAhead(framing, workers, processes)
         layouts = [framing.layout([wanted.kind for wanted in own]) for own in batches] * 3
@@ -159,10 +164,10 @@ def rate(paths: Sequence[Path], side: int, batch_size: int, device: torch.device
         for number, (buffer, _) in enumerate(images.batches(layouts, batches * 3, batch_size)):
             framing.images(buffer)
             if number + 1 == len(parts):
+                wait()
                 begun = time.perf_counter()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return 2 * len(parts) * batch_size / (time.perf_counter() - begun)
+        wait()
+        return (2 * len(parts) - AHEAD) * batch_size / (time.perf_counter() - begun)
 
 
 def main() -> None:

@@ -91,9 +91,13 @@ generator = torch.Generator()  # the device's random numbers
 
 
 class State(threading.local):
-    """recording: the graph that a thread records; what other threads do meanwhile is no part of it."""
+    """recording: the graph that a thread records; what other threads do meanwhile is no part of it.
+
+    waited: whether the thread has waited for the device since it locked memory.
+    """
 
     recording: "Graph | None" = None
+    waited = True
 
 
 now = State()
@@ -259,6 +263,11 @@ class Stream:
         return 1.0
 
 
+def _waited(device: Any = None) -> None:
+    """torch.cuda.synchronize."""
+    now.waited = True
+
+
 class Runtime:
     """torch.cuda.cudart, which locks pages."""
 
@@ -268,10 +277,13 @@ class Runtime:
         return f"error {status}"
 
     def cudaHostRegister(self, pointer: int, size: int, flags: int) -> int:
+        now.waited = False
         locked.add(pointer)
         return 0
 
     def cudaHostUnregister(self, pointer: int) -> int:
+        if not now.waited:
+            raise CardError("The device may still copy from this memory")
         locked.remove(pointer)
         return 0
 
@@ -441,7 +453,7 @@ def pretended() -> Iterator[None]:
             "is_bf16_supported": lambda *_, **__: True, "get_device_name": lambda device=None: "pretended",
             "mem_get_info": lambda device=None: (MEMORY, MEMORY), "memory_reserved": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0, "max_memory_allocated": lambda device=None: 0,
-            "empty_cache": nothing, "synchronize": nothing, "Stream": Stream, "Event": Stream,
+            "empty_cache": nothing, "synchronize": _waited, "Stream": Stream, "Event": Stream,
             "current_stream": Stream, "set_stream": nothing, "stream": lambda own: contextlib.nullcontext(),
             "device": lambda own: contextlib.nullcontext(), "graph": Recording, "CUDAGraph": Graph,
             "get_rng_state": lambda device=None: generator.get_state(),

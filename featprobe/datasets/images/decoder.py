@@ -1,11 +1,11 @@
 """A process that decodes images into memory that it shares with the one that started it.
 
-Tasks and answers are messages of two sockets that all such processes share: whichever is free takes the next task.
+Tasks and answers are messages of two sockets that all such processes share: whichever is free takes the next task. The
+memory begins with the number of the task that each process is at, so that it is known what was lost where one ends.
 """
 
 import json
 import mmap
-import signal
 import socket
 import time
 import traceback
@@ -19,7 +19,8 @@ from featprobe.errors import DataError
 from featprobe.geometry import Placement
 from featprobe.specs import FeatureRecipe
 
-LONGEST = 1 << 16  # bytes of a message
+LONGEST = 1 << 17  # bytes of a message
+NUMBER = np.dtype(np.int64)  # of a task, where each process says at which it is
 MOST_TEXT = 4000  # characters of an error
 
 
@@ -98,13 +99,14 @@ class Decoder:
         return Answer(task.number, time.perf_counter() - begun, *found)
 
 
-def serve(tasks: int, answers: int, memory: int) -> None:
-    """Do tasks until the other end of their socket is closed. The arguments are open descriptors."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that started this process
-    decoder = Decoder(memory)
+def serve(tasks: int, answers: int, memory: int, k: int) -> None:
+    """Do tasks until the other end of their socket is closed. All but k, the process's own number, are descriptors."""
+    decoder, at = Decoder(memory), np.frombuffer(mmap.mmap(memory, 0), NUMBER)
     with socket.socket(fileno=tasks) as asked, socket.socket(fileno=answers) as answered:
         while message := asked.recv(LONGEST):
-            answer = decoder.do(Task.of(message))
+            task = Task.of(message)
+            at[k] = task.number
+            answer = decoder.do(task)
             try:
                 answered.send(answer.encode())
             except OSError:  # nobody waits any more

@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from featprobe.datasets.images.decoder import LONGEST, Answer, Task
+from featprobe.datasets.images.decoder import LONGEST, NUMBER, Answer, Task
 from featprobe.datasets.images.framing import Layout, Wanted
 from featprobe.datasets.images.pixels import Levels
 from featprobe.datasets.images.reading import read_levels
@@ -35,20 +36,22 @@ AHEAD = 3  # batches
 IMAGES_KEPT = 4  # decoded, for their next tiles
 Wait = Callable[[], float]
 """Waits for an image: seconds that it took, without waiting. Raises DataError."""
-CODE = """
+PATH = [os.path.abspath(place) for place in sys.path]  # before a program goes to another folder
+CHILD = """
 import sys
-sys.path[:] = sys.argv[4:]
+sys.path[:] = sys.argv[5:]
 from featprobe.datasets.images.decoder import serve
-serve(*map(int, sys.argv[1:4]))
+serve(*map(int, sys.argv[1:5]))
 """
 """What a process runs. It finds modules where this process does."""
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 LOOKED_AFTER = 1.0  # seconds without an answer after which it is asked whether all processes live
+IDLE_LOOKS = 10  # after which a task that nobody works on is lost
 PORTABLE = 1  # cudaHostRegisterPortable: for every device
 HELD = 1 << 20  # bytes of messages that the system is asked to hold
 
 
-def suit(options: ExtractOptions, device: torch.device) -> bool:
+def processes_decode(options: ExtractOptions, device: torch.device) -> bool:
     """Whether processes are to decode: for a GPU. Elsewhere the network takes longer than decoding by threads.
 
     Parts of images are left to threads, which keep what they decoded for the next part.
@@ -68,62 +71,87 @@ class Decoders:
     """
 
     def __init__(self, count: int) -> None:
-        self._number, self._size = 0, 0
+        self._number, self._idle_looks = 0, 0
         self._locked: tuple[Tensor, torch.device] | None = None
         self._unsent: deque[bytes] = deque()
         self._asked: dict[int, Wanted] = {}
         self._found: dict[int, Answer] = {}
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._handle = os.memfd_create("featprobe-images")
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
-        (self._tasks, asked), (self._answers, answered) = pairs
-        for own in (self._tasks, answered):
-            own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, HELD)
-        self._tasks.setblocking(False)
-        self._answers.settimeout(LOOKED_AFTER)
-        passed = (asked.fileno(), answered.fileno(), self._handle)
-        command = [sys.executable, "-c", CODE, *map(str, passed), *sys.path]
+        self._open = ExitStack()
         try:
-            for _ in range(count):
-                self._processes.append(
-                    subprocess.Popen(
-                        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed,
-                        env=os.environ | ONE_THREAD,
-                    )
-                )  # fmt: skip
-        except OSError as error:
+            self._start(count)
+        except BaseException as error:
             self.close()
-            raise BackboneError(
-                f"{count} processes that decode images can't be started: {error.strerror or error}.\n"
-                "Take fewer (--workers), or 1 for a thread."
-            ) from error
-        finally:
-            asked.close()
-            answered.close()
+            if isinstance(error, OSError):
+                raise BackboneError(
+                    f"{count} processes that decode images can't be started: {error.strerror or error}.\n"
+                    "Take fewer (--workers), or 1 for a thread."
+                ) from error
+            raise
+
+    def _start(self, count: int) -> None:
+        self._handle = os.memfd_create("featprobe-images")
+        self._open.callback(os.close, self._handle)
+        self._size = self._first = -(-count * NUMBER.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        os.ftruncate(self._handle, self._size)
+        self._at = np.frombuffer(mmap.mmap(self._handle, self._size), NUMBER)  # the task of each process
+        with ExitStack() as theirs:
+            (self._tasks, asked), (self._answers, answered) = (
+                socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)
+            )
+            for own, other in ((self._tasks, asked), (self._answers, answered)):
+                self._open.enter_context(own)
+                theirs.enter_context(other).setblocking(True)  # whatever a program has made the default
+            for own in (self._tasks, answered):
+                own.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, HELD)
+            self._tasks.setblocking(False)
+            self._answers.settimeout(LOOKED_AFTER)
+            passed = (asked.fileno(), answered.fileno(), self._handle)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process alone
+            try:
+                for k in range(count):
+                    command = [sys.executable, "-c", CHILD, *map(str, passed), str(k), *PATH]
+                    self._processes.append(
+                        subprocess.Popen(
+                            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed,
+                            env=os.environ | ONE_THREAD,
+                        )
+                    )  # fmt: skip
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def buffers(self, framing: Framing, count: int, images: int, image_bytes: int) -> list[ImageBuffer]:
-        """Buffers that all share, for so many images each, page-locked for a CUDA device; earlier ones end.
+        """Buffers that all share, for so many images each, page-locked for a CUDA device; earlier ones are given up.
 
         Raises LockingError where CUDA can't lock memory that processes share.
         """
+        for number in list(self._asked):  # they would write to the same places
+            with suppress(DataError, RuntimeError):
+                self.seconds(number)
+        self._found.clear()
         self._unlock()
         self._recipe = json.dumps(framing.recipe.to_json())
         size = -(-ImageBuffer.bytes_of(images, image_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._size = max(self._size, count * size)  # what a process sees of it stays there
+        self._size = max(self._size, self._first + count * size)  # what a process sees of it stays there
         os.ftruncate(self._handle, self._size)
         memory = torch.frombuffer(mmap.mmap(self._handle, self._size), dtype=torch.uint8)
         if framing.device.type == "cuda":
             self._lock(memory, framing.device)
-        return [ImageBuffer(images, image_bytes, framing.device, memory, i * size) for i in range(count)]
+        starts = range(self._first, self._first + count * size, size)
+        return [ImageBuffer(images, image_bytes, framing.device, memory, start) for start in starts]
 
     def submit(self, buffer: ImageBuffer, k: int, wanted: Wanted) -> int:
-        """Have an image decoded to place k of a buffer; the number of the task."""
+        """Have a whole image decoded to place k of a buffer; the number of the task."""
+        assert wanted.part is None
         self._number += 1
         task = Task(
             self._number, self._recipe, buffer.start, buffer.capacity, len(buffer.levels), buffer.layout, k, wanted
         )
+        message = task.encode()
+        if len(message) > LONGEST:
+            raise DataError(f"{wanted.path} and its recipe take {len(message)} bytes of names. wanted: {LONGEST}.")
         self._asked[self._number] = wanted
-        self._unsent.append(task.encode())
+        self._unsent.append(message)
         self._send()
         return self._number
 
@@ -139,10 +167,11 @@ class Decoders:
             except TimeoutError:
                 self._look_after()
                 continue
-            if not message:
+            if not message:  # all have ended
                 for process in self._processes:
                     process.wait()
                 self._look_after()
+            self._idle_looks = 0
             answer = Answer.of(message)
             self._found[answer.number] = answer
             del self._asked[answer.number]
@@ -155,10 +184,9 @@ class Decoders:
         """End the processes, whatever they do."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.wait()
-        self._tasks.close()
-        self._answers.close()
-        os.close(self._handle)
+        self._open.close()
         self._unlock()
 
     def _lock(self, memory: Tensor, device: torch.device) -> None:
@@ -179,11 +207,10 @@ class Decoders:
         if self._locked is None:
             return
         memory, device = self._locked
-        with torch.cuda.device(device):
-            with suppress(RuntimeError):  # of a device that failed
-                torch.cuda.synchronize(device)
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
         self._locked = None
+        with suppress(RuntimeError), torch.cuda.device(device):  # a device that failed gives back nothing
+            torch.cuda.synchronize(device)
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def _send(self) -> None:
         """Send tasks, as many as the system holds; never wait, or both ends might."""
@@ -193,17 +220,27 @@ class Decoders:
                 self._unsent.popleft()
 
     def _look_after(self) -> None:
-        """Raise BackboneError where a process has ended."""
-        ends = [code for process in self._processes if (code := process.poll()) is not None]
-        if not ends:
+        """Raise BackboneError where a process has ended, and with it the work on a task."""
+        ended = [k for k, process in enumerate(self._processes) if process.poll() is not None]
+        at_work = {k: number for k, number in enumerate(self._at.tolist()) if number in self._asked}
+        lost = [self._asked[at_work[k]] for k in ended if k in at_work]
+        if ended and not lost:
+            if len(ended) < len(self._processes) and (at_work or self._idle_looks < IDLE_LOOKS):
+                self._idle_looks += not at_work
+                return
+            lost = list(self._asked.values())[: len(ended)]  # they take tasks in order
+        if not lost:
             return
-        by = signal.Signals(-ends[0]).name if ends[0] < 0 else f"exit status {ends[0]}"
-        short = "Most likely memory is short: take fewer (--workers).\n" if ends[0] == -signal.SIGKILL else ""
-        oldest = list(self._asked.values())[: len(self._processes)]  # they take tasks in order
+        code = self._processes[ended[0]].returncode
+        by = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        cause = {
+            -signal.SIGKILL: "Most likely memory is short: take fewer (--workers).\n",
+            1: "What it said stands above.\n",
+        }
         raise BackboneError(
-            f"{len(ends)} of {len(self._processes)} processes that decode images ended ({by}), at one of these:\n"
-            f"  {listed([str(wanted.path) for wanted in oldest])}\n"
-            f"{short}Rows that were whole stay whole. The same command continues."
+            f"{len(ended)} of {len(self._processes)} processes that decode images ended ({by}).\n"
+            f"  at      {listed([str(wanted.path) for wanted in lost])}\n"
+            f"{cause.get(code, '')}Rows that were whole stay whole. The same command continues."
         )
 
 

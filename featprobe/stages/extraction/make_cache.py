@@ -33,7 +33,7 @@ from featprobe.io.disk import remove_leftovers
 from featprobe.machine import launched
 from featprobe.processes import pick_device
 from featprobe.specs import BackboneSpec
-from featprobe.stages.extraction.decoding import Decoders, suit
+from featprobe.stages.extraction.decoding import Decoders, processes_decode
 from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.job import Job, check_disk, prepare, provenance, read_set
 from featprobe.stages.extraction.pipeline import Filler, runs
@@ -99,7 +99,9 @@ def extract_with(
     asked: where given, and all rows are whole in the end, it is kept that this was the answer.
     """
     with ExitStack() as stack:  # they get ready while the data set is looked at
-        decoders = stack.enter_context(closing(Decoders(options.workers))) if suit(options, device) else None
+        decoders = None
+        if processes_decode(options, device):
+            decoders = stack.enter_context(closing(Decoders(options.workers)))
         return _extract(workspace, backbone, data, options, device, load_seconds, asked, decoders)
 
 

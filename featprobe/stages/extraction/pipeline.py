@@ -17,7 +17,7 @@ from featprobe.backbones.precision import computing
 from featprobe.cache import MISSING, UNREADABLE, Cache, CacheWriter, read_contents
 from featprobe.cache.layout import row_tables
 from featprobe.cache.quantised import TABLE_DTYPE, TORCH_DTYPE, coded
-from featprobe.datasets.images.framing import ImageKind, Layout, Wanted
+from featprobe.datasets.images.framing import ImageKind, Wanted
 from featprobe.errors import DataError, OverflowsDtypeError
 from featprobe.features import Features, pool
 from featprobe.machine import available_memory, usable_cores
@@ -115,6 +115,7 @@ class Filler:
         self.busy = Busy()
         self.framing = Framing(job.recipe, device)
         self.images = DecodedAhead(self.framing, options.workers, decoders)
+        self._known: dict[ImageKind, ImageKind] = {}
         self._downloads = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def fill(self, start: int, stop: int) -> None:
@@ -151,10 +152,14 @@ class Filler:
         blocks = [(a, b) for a, b in blocks if (self.done[a:b] == MISSING).any()]
         missing = sum(int((self.done[a:b] == MISSING).sum()) for a, b in blocks)
         bar = Progress(missing, self.job.recipe.label, "img", quiet=self.options.quiet, leave=True)
-        behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
-        layouts = [self._layout(block) for block in blocks]
-        images = ([self._wanted(row) for row in range(*block)] for block in blocks)
+        kinds = [self._kinds(block) for block in blocks]
+        layouts = [self.framing.layout([kind for kind in own if kind]) for own in kinds]
+        images = (
+            [self._wanted(row, kind) for row, kind in zip(range(*block), own, strict=True)]
+            for block, own in zip(blocks, kinds, strict=True)
+        )
         most = max((b - a for a, b in blocks), default=0)
+        behind = _WriteBehind(self.writer, self.job, self.busy, self._slots(blocks))
         with bar, closing(self.images.batches(layouts, images, most)) as batches:
             try:
                 for block, (buffer, failed) in zip(blocks, batches, strict=True):
@@ -190,20 +195,20 @@ class Filler:
             for _ in range(min(len(blocks), BEHIND + WRITERS + 1, max(2, fit)))
         ]
 
-    def _layout(self, block: Block) -> Layout:
-        """How the images of a block lie in a buffer, by their headers; one that can't be read will be a blank."""
-        rows = [row for row in range(*block) if self.done[row] != UNREADABLE]
-        return self.framing.layout([self._kind(row) for row in rows])
+    def _kinds(self, block: Block) -> list[ImageKind | None]:
+        """What the headers say of the images of a block; None for one that can't be read."""
+        rows, found = self.job.rows, list[ImageKind | None]()
+        for row in range(*block):
+            kind = ImageKind.of(self.job.header_of(row), rows[row].placement)
+            found.append(None if self.done[row] == UNREADABLE else self._known.setdefault(kind, kind))
+        return found
 
-    def _kind(self, row: int) -> ImageKind:
-        return ImageKind.of(self.job.header_of(row), self.job.rows[row].placement)
-
-    def _wanted(self, row: int) -> Wanted | None:
+    def _wanted(self, row: int, kind: ImageKind | None) -> Wanted | None:
         """What a row shows; None, for a blank, so that its block stays what it is, where it can't be read."""
-        if self.done[row] == UNREADABLE:
+        if kind is None:
             return None
         own = self.job.rows[row]
-        return Wanted(self.job.images[row], own.placement, self.job.size_of(row), self._kind(row), own.part)
+        return Wanted(self.job.images[row], own.placement, self.job.size_of(row), kind, own.part)
 
     def _mark(self, row: int, error: DataError) -> None:
         """Raise the error of an image that can't be read, or have its row be omitted."""

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers import CPU, extract, recipe_of, stored
 from PIL import Image
 
@@ -20,19 +23,22 @@ from featprobe.geometry import place
 from featprobe.specs import FeatureRecipe
 from featprobe.stages.extraction import decoding as module
 from featprobe.stages.extraction import make_cache
-from featprobe.stages.extraction.decoding import DecodedAhead, Decoders
+from featprobe.stages.extraction.decoding import DecodedAhead, Decoders, processes_decode
+from featprobe.stages.extraction.extract_options import ExtractOptions
 from featprobe.stages.extraction.frames import Framing
 from featprobe.stages.workspace import make_generated
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="only Linux shares memory without a name")
 FRAME = (32, 64)
 DEADLY = """
-import os, sys
-sys.path[:] = sys.argv[4:]
+import os, sys, time
+sys.path[:] = sys.argv[5:]
 from featprobe.datasets.images.framing import HostFraming
 decode = HostFraming.decode
 def deadly(self, places, k, wanted):
-    return os.kill(os.getpid(), 9) if wanted.path.name == "part004_view1.png" else decode(self, places, k, wanted)
+    if wanted.path.name == "part004_view1.png":
+        END
+    return decode(self, places, k, wanted)
 HostFraming.decode = deadly
 """
 
@@ -140,18 +146,88 @@ def test_an_image_that_kills_a_process_is_named_and_the_same_command_goes_on(
     workers: int, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With one process all have ended; with two the other waits for tasks, as the one that started them for answers."""
-    monkeypatch.setattr(make_cache, "suit", lambda options, device: True)
+    monkeypatch.setattr(make_cache, "processes_decode", lambda *_: True)
     expected = stored(extract(tmp_path / "good", data, workers=workers).path)
     monkeypatch.setattr(module, "LOOKED_AFTER", 0.1)
     with monkeypatch.context() as changed:
-        changed.setattr(module, "CODE", DEADLY + module.CODE)
+        changed.setattr(module, "CHILD", DEADLY.replace("END", "os.kill(os.getpid(), 9)") + module.CHILD)
         with pytest.raises(BackboneError, match=rf"(?s)^1 of {workers} processes .*SIGKILL.* continues") as raised:
             extract(tmp_path, data, workers=workers, batch_size=2)
-    named = str(raised.value).splitlines()[1].split(", ")
-    assert len(named) <= workers and any(name.endswith("part004_view1.png") for name in named)
+    (named,) = str(raised.value).splitlines()[1].split(", ")
+    assert named.endswith("part004_view1.png")
     report = extract(tmp_path, data, workers=workers, batch_size=2)
     assert report.computed < 12 and report.missing == 0
     assert stored(report.path) == expected
+
+
+def test_an_error_in_a_process_sets_no_image_aside(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_cache, "processes_decode", lambda *_: True)
+    monkeypatch.setattr(module, "CHILD", DEADLY.replace("END", "raise KeyError('of no image')") + module.CHILD)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'of no image'"):
+        extract(tmp_path, data, skip_bad=True)
+
+
+def test_the_end_of_a_process_that_had_nothing_to_do_stops_nothing_but_a_lost_task_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task is lost in between where a process ends after it took it, and before it said so."""
+    monkeypatch.setattr(module, "LOOKED_AFTER", 0.05)
+    slow = DEADLY.replace("END", "pass").replace("    return", "    time.sleep(0.5)\n    return")
+    monkeypatch.setattr(module, "CHILD", slow + module.CHILD)
+    recipe = recipe_of(frame=(32, 32))
+    (wanted, *_) = (wanted_of(path, recipe) for path in images_in(tmp_path, "g", (32, 32)))
+    with closing(Decoders(2)) as own:
+        (buffer,) = own.buffers(Framing(recipe, CPU), 1, 1, 32 * 32)
+        buffer.begin(1, Framing(recipe, CPU).layout([wanted.kind]), recipe.frame)
+        number = own.submit(buffer, 0, wanted)
+        while number not in own._at.tolist():
+            assert all(process.poll() is None for process in own._processes)
+        own._processes[1 - own._at.tolist().index(number)].kill()
+        assert own.seconds(number) > 0.4
+        own._asked[99] = wanted
+        with pytest.raises(BackboneError, match=rf"(?s)^1 of 2 .*{wanted.path.name}"):
+            own.seconds(99)
+        del own._asked[99]
+
+
+def test_buffers_that_are_given_up_are_written_to_no_more(tmp_path: Path, decoders: Decoders) -> None:
+    recipe, framing = recipe_of(frame=(32, 32)), Framing(recipe_of(frame=(32, 32)), CPU)
+    wanted = [wanted_of(path, recipe) for path in images_in(tmp_path, "g", (32, 32))]
+    (buffer,) = decoders.buffers(framing, 1, 7, 32 * 32)
+    buffer.begin(7, framing.layout([wanted[0].kind]), recipe.frame)
+    for i in range(400):
+        decoders.submit(buffer, i % 7, wanted[i % 7])
+    (again,) = decoders.buffers(framing, 1, 7, 32 * 32)
+    again.begin(7, framing.layout([wanted[0].kind]), recipe.frame)
+    again.levels[:] = 0
+    decoders.seconds(decoders.submit(again, 3, wanted[3]))
+    assert np.flatnonzero(again.levels.any(axis=(1, 2, 3))).tolist() == [3] and not decoders._found
+
+
+def test_a_process_finds_modules_where_this_one_does_and_bears_a_default_time_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_here.py").write_text("")
+    monkeypatch.setattr(module, "PATH", [*module.PATH, str(tmp_path)])
+    monkeypatch.setattr(module, "CHILD", module.CHILD.replace("\nserve(", "\nimport only_here\nserve("))
+    socket.setdefaulttimeout(0.2)
+    try:
+        with closing(Decoders(1)) as own:
+            recipe = recipe_of(frame=(32, 32))
+            wanted: list[Wanted | None] = [wanted_of(path, recipe) for path in images_in(tmp_path, "g", (32, 32))]
+            assert len(frames_of(recipe, wanted, own)) == 6
+            time.sleep(0.4)
+            assert own._processes[0].poll() is None
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_processes_decode_whole_images_for_a_gpu_and_nothing_else() -> None:
+    cuda, two = torch.device("cuda:1"), ExtractOptions(workers=2)
+    assert processes_decode(two, cuda)
+    assert not any(processes_decode(two, torch.device(name)) for name in ("cpu", "mps"))
+    for how in ({"workers": 1}, {"tile": 64}, {"views": ("hflip",)}):
+        assert not processes_decode(replace(two, **how), cuda), how  # type: ignore[arg-type]
 
 
 def test_extraction_leaves_no_process_and_sets_aside_what_cant_be_read(
@@ -161,7 +237,7 @@ def test_extraction_leaves_no_process_and_sets_aside_what_cant_be_read(
     truncated.write_bytes(truncated.read_bytes()[:-200])
     by_threads = extract(tmp_path / "threads", data, skip_bad=True)
     started: list[Decoders] = []
-    monkeypatch.setattr(make_cache, "suit", lambda options, device: True)
+    monkeypatch.setattr(make_cache, "processes_decode", lambda *_: True)
     monkeypatch.setattr(make_cache, "Decoders", lambda count: started.append(Decoders(count)) or started[0])
     report = extract(tmp_path / "processes", data, skip_bad=True)
     assert stored(report.path) == stored(by_threads.path) and report.unreadable == by_threads.unreadable
