@@ -316,7 +316,8 @@ def _absent(name: str, known: Sequence[str], config: Path) -> str:
     if os.sep in name:
         there = next((own for own in Path(name).parents if os.path.exists(own)), None)
         found = f"\n  found   {there.resolve()}, and nothing of the rest" if there else ""
-        return f"There is no data set {name!r}: nothing lies at this path. Nothing was read.{found}"
+        said = f"There is no data set {name!r}: nothing lies at this path. Nothing was read."
+        return f"{said}\n  wanted  the path of a folder of images and labels{found}"
     return (
         f"There is no data set {name!r}. {nearest(name, known)}\n"
         f"  wanted  {', '.join(GENERATED)}, a name in {config}, or the path of a folder\n"
