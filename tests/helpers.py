@@ -245,6 +245,11 @@ def filled_cache(path: Path, recipe: FeatureRecipe | None = None, rows: Sequence
     return cache
 
 
+def words_of(page: Path) -> str:
+    """A page whose figures may be parted from their units."""
+    return page.read_text().replace("\u00a0", " ")
+
+
 def code_block(page: Path) -> str:
     """The first Python block of a page."""
     found = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)

@@ -212,7 +212,11 @@ def test_a_name_that_is_no_text_ends_every_command_with_an_error_or_a_result(
         os.mkdir(place + b"set/images/\xff")
         shutil.copy(tmp_path / "set/images/p0.png", os.fsdecode(place + b"set/images/\xff/q.png"))
     data = os.fsdecode(place + new) if where == "root" else str(tmp_path / "set")
-    out = [] if command in ("info", "check", "extract") else ["--out", str(tmp_path / "out.csv")]
+    out = (
+        []
+        if command in ("info", "check", "extract")
+        else ["--out", str(tmp_path / ("out.png" if command == "show" else "out.csv"))]
+    )
     words = ["extract", "--backbone", "embedded", "--data"] if command == "extract" else ["data", command]
     result = CliRunner().invoke(cli, ["--workspace", str(tmp_path), *words, data, *out])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

@@ -197,10 +197,13 @@ class Filler:
 
     def _kinds(self, block: Block) -> list[ImageKind | None]:
         """What the headers say of the images of a block; None for one that can't be read."""
-        rows, found = self.job.rows, list[ImageKind | None]()
+        found = list[ImageKind | None]()
         for row in range(*block):
-            kind = ImageKind.of(self.job.header_of(row), rows[row].placement)
-            found.append(None if self.done[row] == UNREADABLE else self._known.setdefault(kind, kind))
+            if self.done[row] == UNREADABLE:
+                found.append(None)
+                continue
+            kind = ImageKind.of(self.job.header_of(row), self.job.rows[row].placement)
+            found.append(self._known.setdefault(kind, kind))
         return found
 
     def _wanted(self, row: int, kind: ImageKind | None) -> Wanted | None:

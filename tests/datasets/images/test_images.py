@@ -528,7 +528,7 @@ def hostile_files(folder: Path) -> dict[Path, str]:
         "ghost.png": (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not an image"),
         "itself.png": (lambda p: p.symlink_to(p.name), "can't be read"),
         "missing.png": (lambda p: None, "can't be read"),
-        "zero.png": (lambda p: p.write_bytes(b""), "not an image that can be read"),
+        "zero.png": (lambda p: p.write_bytes(b""), "is an empty file (0 bytes)"),
     }  # fmt: skip
     for name, (write, _) in files.items():
         write(folder / name)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from golden.make_golden import stand_in
+from helpers import words_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inspected_space import drawn, keep, rows_of, stored_space, with_about
@@ -106,7 +107,7 @@ def test_the_share_of_a_resample_and_its_influence_are_those_of_the_groups_drawn
 
 
 def test_the_page_has_the_answer_then_pictures_plots_tables_and_what_to_do_next(report: Comparison) -> None:
-    text = report.files[0].read_text()
+    text = words_of(report.files[0])
     order = [
         "embedded finds", "In scores", "trained on", "Cost:", "Worst misses", "Defects found against false calls",
         "Defects found by size", "fg mIoU, 95 % interval", "Probability of detection of", "Defects and parts, at",

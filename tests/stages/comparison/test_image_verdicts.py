@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from helpers import no_plots, stored_rows
+from helpers import no_plots, stored_rows, words_of
 from numpy.typing import NDArray
 from torch import nn
 
@@ -162,7 +162,7 @@ def test_backbones_are_told_apart_by_image_auroc(told: Told) -> None:
 
 def test_page_and_terminal_speak_of_labels_and_of_nothing_that_is_not_there(told: Told) -> None:
     told.tell(labelled(), "linear")
-    page = told.drawn().files[0].read_text()
+    page = words_of(told.drawn().files[0])
     assert "50 % is chance" in page and "Classes, mean over seeds" in page and "labels: defect" in page
     others = page[page.index("Other scores, with 95 % intervals") : page.index("Training and cost")]
     assert "<th>false calls</th>" in others, "recall is nothing without them"
@@ -324,7 +324,7 @@ def test_a_head_on_good_images_is_held_against_a_supervised_one_on_the_same_unit
     title, (sentence,) = report.answer[-1]
     assert title == "Good images alone"
     assert f"stands {100 * lead.estimate:.1f} points of image AUROC behind linear, which saw labels too" in sentence
-    assert sentence in report.files[0].read_text()
+    assert sentence in words_of(report.files[0])
     assert plain_json(report)["behind"][0]["behind"] == lead.estimate
 
 
