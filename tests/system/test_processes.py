@@ -1,6 +1,7 @@
 """Two real processes against one: losses, gradients, moments, trainings, scores, and a job whose process fails."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import launch, run
+from forked import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -69,26 +70,11 @@ def prepared(space: Workspace, cache: Cache, task: str, options: ProbeOptions) -
     return prepare(Training(space, Partition(cache, options.choice), task, options, (0,)))
 
 
-AGENT = """
-import runpy, sys, traceback
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-def work():
-    del sys.argv[0]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except BaseException:
-        traceback.print_exc()  # of each process, as of an interpreter; the agent prints one
-        raise
-here = LaunchConfig(
-    1, 1, 2, run_id="here", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork"
-)
-elastic_launch(here, work)()
-"""
-
-
 def torchrun(program: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a program in two processes on the CPU under the agent of torchrun, which ends all when one fails."""
-    return run(["-c", AGENT, *program])
+    """Run a program in two processes on the CPU, by torchrun itself, which ends all when one fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Images decoded before they are asked for: by threads, or for a GPU by processes.
 
-All that is Python threads do in turn. With sixteen of them it takes a third of a millisecond per image, which is more
-than the decoding that they do meanwhile.
+Threads run Python code one after the other. Where sixteen of them decode, that takes a third of a millisecond per
+image: longer than their decoding, which they do at the same time.
 """
 
 import json
